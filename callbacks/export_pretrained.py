@@ -1,0 +1,139 @@
+"""Exports the trained model as a folder that plain ``transformers`` loads."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import GenerationConfig
+
+from .. import __version__
+from ..modules.files import atomic_folder
+from ..modules.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+class ExportPretrained(Callback):
+    """At the end of ``fit``, writes weights, config, tokenizer, generation config and a model card.
+
+    The last weights go to ``folder``; where a ``ModelCheckpoint`` has kept a best one of an earlier step, its weights go to
+    ``<folder>-best``. A folder of an earlier run is replaced only when the new one is complete.
+
+    Args:
+        folder: Where to write; None is ``export`` in the run's folder.
+        dtype: Type of the exported weights: ``float32``, ``bfloat16`` or ``float16``; None keeps the training's.
+        best: Also export the best checkpoint.
+
+    Raises:
+        ValueError: If ``dtype`` is unknown, or the module is no ``LanguageModel``.
+    """
+
+    def __init__(self, folder: str | None = None, *, dtype: str | None = "bfloat16", best: bool = True) -> None:
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r} is unknown. Legal: float32, bfloat16, float16, null.")
+        self.folder, self.dtype, self.best = folder, dtype, best
+        self.written: list[Path] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that has no ``transformers`` model, before training."""
+        if not isinstance(pl_module, LanguageModel):
+            raise ValueError(f"ExportPretrained exports a LanguageModel, not a {type(pl_module).__name__}.")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folders."""
+        if trainer.fast_dev_run and self.folder is None:
+            return
+        assert isinstance(pl_module, LanguageModel)
+        root = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "export"
+        self._write(trainer, pl_module, root, trainer.strategy.lightning_module_state_dict(), trainer.global_step)
+        for callback in trainer.checkpoint_callbacks if self.best else []:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor and Path(callback.best_model_path).is_file():
+                checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+                if checkpoint["global_step"] != trainer.global_step:
+                    folder = root.with_name(f"{root.name}-best")
+                    self._write(trainer, pl_module, folder, checkpoint["state_dict"], checkpoint["global_step"])
+
+    def _write(
+        self, trainer: Trainer, module: LanguageModel, folder: Path, state: dict[str, Any], step: int
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        model = module.model
+        assert model is not None
+        weights = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        if dtype is not None:
+            weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+        with atomic_folder(folder) as new:
+            model.save_pretrained(new, state_dict=weights)
+            # save_pretrained names the type of the weights in memory, not of those that it was given.
+            config = json.loads((new / "config.json").read_text())
+            config["dtype"] = self.dtype or config["dtype"]
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            module.tokenizer.save_pretrained(new)
+            (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(new)
+            (new / "README.md").write_text(model_card(trainer, module, step), "utf-8")
+        self.written.append(folder)
+        log.info("Exported step %d to %s", step, folder)
+
+
+def model_card(trainer: Trainer, module: LanguageModel, step: int) -> str:
+    """Return the model card: licence and source, method and its settings, data, figures, how to load it.
+
+    Args:
+        trainer: Trainer whose metrics and data are named.
+        module: The trained module.
+        step: Optimizer step of the weights.
+    """
+    source = module.source
+    datamodule = getattr(trainer, "datamodule", None)
+    parameters = sum(parameter.numel() for parameter in module.model.parameters()) if module.model else 0
+    settings = {name: value for name, value in module.hparams.items() if not name.startswith("_") and value is not None}
+    figures = {
+        name: float(value)
+        for name, value in sorted(trainer.callback_metrics.items())
+        if name.startswith(("val_", "test_"))
+    }
+    lines = [
+        "---",
+        f"license: {source.licence or 'other'}",
+        f"base_model: {source.title}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# {source.title}, {type(module).__name__}",
+        "",
+        f"{parameters / 1e6:.1f} M parameters, made by fulgurite {__version__} from {source.title} "
+        f"(licence of the source: {source.licence or 'see there'}), step {step}.",
+        "",
+        "## Method",
+        "",
+        f"`{type(module).__name__}` with:",
+        "",
+        "```json",
+        json.dumps(settings, indent=2, default=str),
+        "```",
+        "",
+        "## Data",
+        "",
+        *([f"- {name}: `{value}`" for name, value in datamodule.hashes().items()] if hasattr(datamodule, "hashes") else ["-"]),
+        "",
+        "## Figures at the end of training",
+        "",
+        *([f"- {name}: {value:.4f}" for name, value in figures.items()] or ["- none: the run had no validation"]),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model, tokenizer = (kind.from_pretrained("this/folder") for kind in (AutoModelForCausalLM, AutoTokenizer))',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

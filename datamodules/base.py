@@ -1,0 +1,130 @@
+"""What the suite's data modules share: tokenizer, loaders, and the hashes that results quote."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..modules.pretrained import load_tokenizer, resolve_source, tokenizer_fingerprint
+from .loader import EpochSampler, ResumableLoader
+from .packing import collate
+
+
+class TokenDataModule(LightningDataModule):
+    """Base of data modules whose examples are token sequences.
+
+    A sub-class sets ``train_set`` and ``val_set`` in ``setup``, and ``predict_set`` where it is another one.
+
+    Args:
+        tokenizer: Source of the tokenizer; None takes the model's own.
+        batch_size: Sequences a batch on each device.
+        num_workers: Processes that read ahead; 0 reads in the training process.
+        seed: Seed of the training order.
+
+    Raises:
+        ValueError: If a number is out of range or the tokenizer's source is unknown.
+    """
+
+    def __init__(self, *, tokenizer: str | None, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} holds no sequence. Legal: 1 or more.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} is below 0. Legal: 0 or more.")
+        if tokenizer is not None:
+            resolve_source(tokenizer)
+        self.tokenizer_source = tokenizer
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.train_set: Dataset | None = None
+        self.val_set: Dataset | None = None
+        self.predict_set: Dataset | None = None
+        self.has_soft_labels = False
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer named, else the model's own."""
+        if self._tokenizer is None:
+            module = None if self.trainer is None else self.trainer.lightning_module
+            if self.tokenizer_source is not None:
+                self._tokenizer = load_tokenizer(self.tokenizer_source)
+            elif module is not None and hasattr(module, "tokenizer"):
+                self._tokenizer = module.tokenizer
+            else:
+                raise ValueError("tokenizer=None: give a source, or use the data with a model that has a tokenizer.")
+            if module is not None and hasattr(module, "tokenizer"):
+                self._check_model(module.tokenizer)
+        return self._tokenizer
+
+    def _check_model(self, model_tokenizer: PreTrainedTokenizerBase) -> None:
+        assert self._tokenizer is not None
+        if tokenizer_fingerprint(model_tokenizer) != tokenizer_fingerprint(self._tokenizer):
+            raise ValueError(
+                f"tokenizer={self.tokenizer_source!r} is not the model's: its ids would mean other words. Leave it out to "
+                "take the model's own."
+            )
+
+    def hashes(self) -> dict[str, str]:
+        """Return what results quote of the data: its hashes and the tokenizer's fingerprint."""
+        return {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+    def calibration_batch(self, tokens: int) -> dict[str, Any]:
+        """Return the first training sequences, the same on every rank, as a batch.
+
+        Args:
+            tokens: How many tokens at the least, as far as there are that many.
+        """
+        assert self.train_set is not None
+        examples, found = [], 0
+        for index in range(len(self.train_set)):  # type: ignore[arg-type]
+            examples.append({name: part for name, part in self.train_set[index].items() if name != "soft_labels"})
+            found += len(examples[-1]["input_ids"])
+            if found >= tokens:
+                break
+        return self._collate(examples)
+
+    def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return collate(examples, pad=self.tokenizer.pad_token_id or 0)
+
+    def _loader(self, dataset: Dataset | None, *, training: bool) -> ResumableLoader:
+        assert dataset is not None, "setup() comes first"
+        trainer = self.trainer
+        sampler = EpochSampler(
+            len(dataset),  # type: ignore[arg-type]
+            shuffle=training,
+            even=training,
+            seed=self.seed,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+        )
+        return ResumableLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=self.batch_size,
+            collate=self._collate,
+            num_workers=self.num_workers,
+            drop_last=training and len(sampler) >= self.batch_size,
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the shuffled training sequences."""
+        return self._loader(self.train_set, training=True)
+
+    def val_dataloader(self) -> ResumableLoader | list:
+        """Return the validation sequences in order; none where there is no validation data."""
+        return [] if self.val_set is None else self._loader(self.val_set, training=False)
+
+    def test_dataloader(self) -> ResumableLoader | list:
+        """Return the validation sequences: the split that nothing is trained on."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Return the sequences to predict on, in order, each on one rank."""
+        return self._loader(self.predict_set, training=False)
+
+
+def supervised(example: dict[str, Any]) -> torch.Tensor:
+    """Return which tokens [length] have a successor to predict, as a mask."""
+    return torch.nn.functional.pad(example["labels"][1:], (0, 1), value=-100) != -100

@@ -1,0 +1,126 @@
+"""A data loader whose order depends only on (seed, epoch, rank) and which goes on in the middle of an epoch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """Indices of one rank in one epoch.
+
+    Args:
+        size: Number of examples of the data set.
+        shuffle: Draw a new order from (seed, epoch); else in order.
+        even: Give every rank equally many, leaving the last few out, as training under DDP needs it.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, size: int, *, shuffle: bool, even: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.size, self.shuffle, self.seed = size, shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self.used = size // world_size * world_size if even else size
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.size, generator=generator)
+        else:
+            order = torch.arange(self.size)
+        return iter(order[self.rank : self.used : self.world_size].tolist()[self.skip :])
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.used, self.world_size))
+
+
+class ResumableLoader:
+    """A ``DataLoader`` with the ``state_dict`` that Lightning stores in checkpoints.
+
+    A plain ``DataLoader`` starts a resumed epoch at its first batch again. It is wrapped and not inherited from, so that
+    Lightning leaves the sampler as it is.
+
+    Args:
+        dataset: Map-style data set.
+        sampler: Which examples come, in which order.
+        batch_size: Examples a batch on each rank.
+        collate: Makes a batch of examples.
+        num_workers: Processes that read ahead; 0 reads in this one.
+        drop_last: Leave out an unfilled last batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sampler: EpochSampler,
+        batch_size: int,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        num_workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
+        self._loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=num_workers,
+            drop_last=drop_last,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.batch_sampler = None  # Lightning asks every loader that has a sampler for it
+        self._delivered = 0
+        self._resume_at = 0
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # A generator: Lightning asks for an iterator before it sets the epoch, and for a second one later.
+        self._delivered, self._resume_at = self._resume_at, 0
+        self.sampler.skip = self._delivered * self.batch_size
+        iterator = iter(self._loader)
+        self.sampler.skip = 0
+        for batch in iterator:
+            self._delivered += 1
+            yield batch
+
+    def _identity(self) -> dict[str, int]:
+        sampler = self.sampler
+        return {
+            "examples": sampler.size,
+            "batch_size": self.batch_size,
+            "world_size": sampler.world_size,
+            "seed": sampler.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, the number of its batches that were delivered, and what the order depends on."""
+        return {"epoch": self.sampler.epoch, "batches": self._delivered, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the last delivered batch.
+
+        Raises:
+            ValueError: If the data, the batch size, the seed or the number of processes has changed since.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"The checkpoint's data order cannot be continued: {name} was {state[name]} and is {value} now. Resume "
+                    "with the settings of the run that wrote it."
+                )
+        complete = state["batches"] >= len(self)
+        self.sampler.set_epoch(state["epoch"] + complete)
+        self._resume_at = 0 if complete else state["batches"]

@@ -1,0 +1,128 @@
+"""The bytes of one sequence's soft labels. A store names its codec; another codec is another class in ``CODECS``."""
+
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class StoreError(ValueError):
+    """A soft-label store that is missing, damaged, of another format or made for something else."""
+
+
+@dataclass
+class StoredSequence:
+    """One sequence with its labels, as numpy arrays.
+
+    Args:
+        tokens: Token ids [length], uint32; empty in a store with ``tokens: external``.
+        starts: Positions at which a document's piece begins, rising from 0, uint32.
+        supervised: Whether a token has a successor to predict [length], bool; N of them are True.
+        counts: Labels kept for each supervised token [N], uint32.
+        ids: Kept token ids, token after token [sum of counts], uint32.
+        probabilities: Their probabilities, bfloat16 as uint16 [sum of counts].
+        tail: Probability of what was not kept, bfloat16 as uint16 [N].
+        realised: Log-probability of the text's own next token in nats, bfloat16 as uint16 [N].
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    supervised: np.ndarray
+    counts: np.ndarray
+    ids: np.ndarray
+    probabilities: np.ndarray
+    tail: np.ndarray
+    realised: np.ndarray
+
+
+class Codec(Protocol):
+    """Turns a sequence into bytes and back, before compression."""
+
+    name: str
+
+    def encode(self, sequence: StoredSequence) -> bytes:
+        """Return the bytes of a sequence."""
+        ...
+
+    def decode(self, data: bytes) -> StoredSequence:
+        """Return the sequence of some bytes; raise a StoreError if they are none."""
+        ...
+
+
+class PlainCodec:
+    """bfloat16 values as they are and ids packed to the bits that the vocabulary needs; no loss beyond bfloat16.
+
+    Args:
+        vocabulary: Size of the teacher's vocabulary.
+    """
+
+    name = "plain-1"
+    _head = struct.Struct("<5I")  # length, stored tokens, starts, supervised tokens, kept labels
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.bits = max(1, (vocabulary - 1).bit_length())
+        self._shifts = np.arange(self.bits, dtype=np.uint32)
+
+    def encode(self, sequence: StoredSequence) -> bytes:
+        """Return the columns one after another behind their five sizes; see docs/soft-label-format.md."""
+        sizes = (
+            len(sequence.supervised),
+            len(sequence.tokens),
+            len(sequence.starts),
+            len(sequence.counts),
+            len(sequence.ids),
+        )
+        id_bits = (sequence.ids.astype(np.uint32)[:, None] >> self._shifts) & 1
+        columns = (
+            sequence.tokens.astype("<u4"),
+            sequence.starts.astype("<u4"),
+            np.packbits(sequence.supervised, bitorder="little"),
+            sequence.counts.astype("<u4"),
+            sequence.probabilities.astype("<u2"),
+            np.packbits(id_bits.astype(np.uint8).reshape(-1), bitorder="little"),
+            sequence.tail.astype("<u2"),
+            sequence.realised.astype("<u2"),
+        )
+        return self._head.pack(*sizes) + b"".join(column.tobytes() for column in columns)
+
+    def decode(self, data: bytes) -> StoredSequence:
+        """Return the sequence of some bytes."""
+        if len(data) < self._head.size:
+            raise StoreError("a record is shorter than its head")
+        length, tokens, starts, supervised, kept = self._head.unpack_from(data)
+        position = self._head.size
+
+        def column(count: int, dtype: str) -> np.ndarray:
+            nonlocal position
+            size = count * np.dtype(dtype).itemsize
+            if position + size > len(data):
+                raise StoreError("a record ends within a column")
+            values = np.frombuffer(data, dtype=dtype, count=count, offset=position)
+            position += size
+            return values
+
+        sequence = StoredSequence(
+            tokens=column(tokens, "<u4"),
+            starts=column(starts, "<u4"),
+            supervised=np.unpackbits(column(-(-length // 8), "u1"), count=length, bitorder="little").astype(bool),
+            counts=column(supervised, "<u4"),
+            probabilities=column(kept, "<u2"),
+            ids=self._unpack(column(-(-kept * self.bits // 8), "u1"), kept),
+            tail=column(supervised, "<u2"),
+            realised=column(supervised, "<u2"),
+        )
+        if position != len(data) or int(sequence.counts.sum()) != kept or int(sequence.supervised.sum()) != supervised:
+            raise StoreError("a record's columns do not fit its head")
+        return sequence
+
+    def _unpack(self, packed: np.ndarray, count: int) -> np.ndarray:
+        bits = np.unpackbits(packed, count=count * self.bits, bitorder="little").reshape(count, self.bits)
+        # Whole bytes of each id are put together again, which is far cheaper than summing bit by bit.
+        padded = np.zeros((count, 32), dtype=np.uint8)
+        padded[:, : self.bits] = bits
+        return np.packbits(padded, axis=1, bitorder="little").view("<u4")[:, 0]
+
+
+CODECS: dict[str, type[PlainCodec]] = {PlainCodec.name: PlainCodec}

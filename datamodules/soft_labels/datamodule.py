@@ -1,0 +1,177 @@
+"""Training data from a soft-label store, with or without the text that it was made of."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ...modules.pretrained import tokenizer_fingerprint
+from ..base import TokenDataModule
+from ..text import TextDataModule
+from .codec import StoreError
+from .store import SoftLabelStore, sequence_layout
+
+
+class StoredExamples(Dataset):
+    """Sequences of a store whose tokens it holds.
+
+    Args:
+        store: The store.
+        keys: Which of its sequences.
+    """
+
+    def __init__(self, store: SoftLabelStore, keys: list[bytes]) -> None:
+        self.store, self.keys = store, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.store.example(self.keys[index])
+
+
+class JoinedExamples(Dataset):
+    """A text's sequences, joined with their labels by key.
+
+    Args:
+        store: The store.
+        examples: The text's sequences.
+    """
+
+    def __init__(self, store: SoftLabelStore, examples: Dataset) -> None:
+        self.store, self.examples = store, examples
+
+    def __len__(self) -> int:
+        return len(self.examples)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        tokens = example["input_ids"].numpy()
+        key = self.store.header.key(tokens, *sequence_layout(example["position_ids"], example["labels"]))
+        if key not in self.store:
+            raise StoreError(
+                f"{self.store.folder} has no labels for sequence {index} of the text. Capture them with the same text, "
+                "block_size, tokenizer and settings."
+            )
+        return self.store.example(key, tokens)
+
+
+class SoftLabelDataModule(TokenDataModule):
+    """Batches with a teacher's stored labels; ``SoftLabelDistillation`` trains on them.
+
+    Args:
+        store: Folder of the store to train on.
+        val_store: Folder of a store to validate on; None holds out a part of ``store``, or takes ``text``'s own.
+        val_fraction: Share of the store's sequences, the last ones captured, that is held out when neither ``val_store``
+            nor ``text`` is given, in [0, 1).
+        text: The text that the store was made of; needed where its tokens are ``external``, and used then only. Its
+            validation split is used when ``val_store`` is None, without soft labels.
+        train_tokens: Number of tokens to train on; the sequences beyond are left out. None takes all.
+        teacher_fingerprint: Refuse a store of another teacher than this (``labels stats`` prints it).
+        batch_size: Sequences a batch on each device.
+        tokenizer: Source of the tokenizer; None takes the model's own.
+        num_workers: Processes that read ahead; 0 reads in the training process.
+        seed: Seed of the training order.
+
+    Raises:
+        ValueError: If the store is missing (the message has the command that makes it), damaged, or was made with
+            another tokenizer or teacher.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        *,
+        val_store: str | None = None,
+        val_fraction: float = 0.05,
+        text: TextDataModule | None = None,
+        train_tokens: int | None = None,
+        teacher_fingerprint: str | None = None,
+        batch_size: int = 2,
+        tokenizer: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction} is no share of the store. Legal: 0 up to, not including, 1.")
+        for name, folder in (("store", store), ("val_store", val_store)):
+            if folder is not None and not (Path(folder) / "header.json").is_file():
+                raise StoreError(
+                    f"{name}={folder!r}: there is no soft-label store yet. Capture one: fulgurite predict -c "
+                    f"distillation/capture --data.train YOUR_TEXT --trainer.callbacks.store {folder}"
+                )
+        self.store_folder, self.val_folder, self.val_fraction = store, val_store, val_fraction
+        self.text, self.train_tokens = text, train_tokens
+        self.teacher_fingerprint = teacher_fingerprint
+        self.has_soft_labels = True
+        self.store: SoftLabelStore | None = None
+
+    def prepare_data(self) -> None:
+        """Tokenise the text, where the store needs it."""
+        if self.text is not None:
+            self.text._tokenizer = self.tokenizer
+            self.text.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the stores and check that they fit the model."""
+        if self.store is not None:
+            return
+        self.store = self._open("store", self.store_folder)
+        if self.store.header.tokens == "external":
+            if self.text is None:
+                raise StoreError(f"store={self.store_folder!r} was made with tokens: external. Give its text as data.text.")
+            self.text._tokenizer = self.tokenizer
+            self.text.setup(stage)
+            assert self.text.train_set is not None
+            self.train_set = JoinedExamples(self.store, self.text.train_set)
+            self.val_set = self.text.val_set
+        else:
+            keys = self.store.keys
+            if self.train_tokens is not None:
+                keys = self._first(keys, self.train_tokens)
+            held_out = 0
+            if self.val_folder is None and self.val_fraction:
+                held_out = max(1, int(len(keys) * self.val_fraction))
+            if len(keys) <= held_out:
+                raise StoreError(f"store={self.store_folder!r} has {len(keys)} sequences: too few to train on. Capture more.")
+            self.train_set = StoredExamples(self.store, keys[: len(keys) - held_out])
+            self.val_set = StoredExamples(self.store, keys[len(keys) - held_out :]) if held_out else None
+        if self.val_folder is not None:
+            val_store = self._open("val_store", self.val_folder)
+            self.val_set = StoredExamples(val_store, val_store.keys)
+        self.predict_set = self.val_set
+
+    def _first(self, keys: list[bytes], tokens: int) -> list[bytes]:
+        assert self.store is not None
+        taken, found = [], 0
+        for key in keys:
+            found += self.store.tokens_of(key)
+            if found > tokens:
+                break
+            taken.append(key)
+        if not taken:
+            raise StoreError(f"train_tokens={tokens} is less than one stored sequence. Raise it, or give null for all.")
+        return taken
+
+    def _open(self, name: str, folder: str) -> SoftLabelStore:
+        store = SoftLabelStore(folder)
+        ours = tokenizer_fingerprint(self.tokenizer)
+        if store.header.tokenizer_fingerprint != ours:
+            raise StoreError(
+                f"{name}={folder!r} was made with another tokenizer: that of {store.header.teacher} "
+                f"({store.header.tokenizer_fingerprint}), not the student's ({ours}). Capture with a teacher that has the "
+                "student's tokenizer."
+            )
+        wanted = self.teacher_fingerprint
+        if wanted is not None and store.header.teacher_fingerprint != wanted:
+            raise StoreError(
+                f"{name}={folder!r} was made by another teacher: {store.header.teacher} "
+                f"({store.header.teacher_fingerprint}), not teacher_fingerprint={wanted!r}."
+            )
+        return store
+
+    def hashes(self) -> dict[str, str]:
+        """Return the fingerprints of the store's teacher and of the tokenizer."""
+        assert self.store is not None
+        return {**super().hashes(), "teacher": self.store.header.teacher_fingerprint, "store": self.store.content_hash()}

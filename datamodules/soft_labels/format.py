@@ -1,0 +1,164 @@
+"""The files of a soft-label store: header, blocks, journal lines, keys. ``docs/soft-label-format.md`` shows the bytes."""
+
+import hashlib
+import json
+import struct
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zstandard
+
+from ...modules.distillation import LabelSettings
+from ...modules.files import write_json
+from .codec import CODECS, Codec, PlainCodec, StoredSequence, StoreError
+
+FORMAT_VERSION = 1
+HEADER = "header.json"
+_MAGIC = b"FLGB"
+_BLOCK = struct.Struct("<4sI16sI")  # magic, length of the payload, key, CRC-32 of the three and the payload
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What a store was made with.
+
+    Args:
+        teacher: The teacher's name.
+        teacher_fingerprint: ``model_fingerprint`` of its weights.
+        tokenizer_fingerprint: ``tokenizer_fingerprint`` of its tokenizer.
+        vocabulary: Number of ids its head predicts.
+        settings: Which labels were kept.
+        weights: Type of the teacher's weights in memory during the capture.
+        tokens: ``stored`` keeps every sequence's tokens; ``external`` only their hash.
+        codec: Name of the record's codec.
+        compression: Level of zstd.
+    """
+
+    teacher: str
+    teacher_fingerprint: str
+    tokenizer_fingerprint: str
+    vocabulary: int
+    settings: LabelSettings
+    weights: str
+    tokens: Literal["stored", "external"] = "stored"
+    codec: str = PlainCodec.name
+    compression: int = 3
+
+    def write(self, folder: Path) -> None:
+        """Write the header into a store's folder, atomically."""
+        write_json(folder / HEADER, {"format": "fulgurite-soft-labels", "version": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def read(cls, folder: Path) -> "StoreHeader":
+        """Read the header of a store.
+
+        Raises:
+            StoreError: If there is none, or it is of another format or version.
+        """
+        path = folder / HEADER
+        if not path.is_file():
+            raise StoreError(f"{folder} holds no soft-label store: {HEADER} is missing.")
+        try:
+            fields = json.loads(path.read_text("utf-8"))
+            if fields.pop("format") != "fulgurite-soft-labels":
+                raise StoreError(f"{path} is not the header of a soft-label store.")
+            version = fields.pop("version")
+            if version != FORMAT_VERSION:
+                raise StoreError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}. Capture again.")
+            header = cls(**{**fields, "settings": LabelSettings(**fields["settings"])})
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({error!r}). Restore the file or capture again.") from error
+        if header.codec not in CODECS:
+            raise StoreError(f"{path} names the codec {header.codec!r}. Legal: {', '.join(CODECS)}.")
+        return header
+
+    def differences(self, other: "StoreHeader") -> list[str]:
+        """Return one phrase for every field in which two headers differ."""
+        ours, theirs = asdict(self), asdict(other)
+        return [f"{name} is {ours[name]} there, {theirs[name]} here" for name in ours if ours[name] != theirs[name]]
+
+    def make_codec(self) -> Codec:
+        """Return the codec that the header names."""
+        return CODECS[self.codec](self.vocabulary)
+
+    def key(self, tokens: np.ndarray, starts: np.ndarray, supervised: np.ndarray) -> bytes:
+        """Return the 16-byte key of a sequence: the hash of all that its labels depend on.
+
+        Args:
+            tokens: Token ids [length].
+            starts: Positions at which a document's piece begins.
+            supervised: Which tokens have a successor to predict [length].
+        """
+        made_with = [self.teacher_fingerprint, self.tokenizer_fingerprint, asdict(self.settings), self.weights]
+        digest = hashlib.blake2b(json.dumps(made_with, sort_keys=True).encode(), digest_size=16)
+        for part in (tokens.astype("<u4"), starts.astype("<u4"), np.packbits(supervised, bitorder="little")):
+            digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+        return digest.digest()
+
+
+def pack_block(key: bytes, sequence: StoredSequence, codec: Codec, compression: int) -> bytes:
+    """Return a block: magic, payload length, key, CRC-32, and the record compressed by zstd."""
+    payload = zstandard.ZstdCompressor(level=compression).compress(codec.encode(sequence))
+    head = _BLOCK.pack(_MAGIC, len(payload), key, 0)
+    return _BLOCK.pack(_MAGIC, len(payload), key, zlib.crc32(payload, zlib.crc32(head[:-4]))) + payload
+
+
+def unpack_block(block: bytes, key: bytes, codec: Codec, where: str) -> StoredSequence:
+    """Return the sequence of a block.
+
+    Args:
+        block: The block's bytes.
+        key: Key that the journal gives it.
+        codec: The store's codec.
+        where: File and offset, for messages.
+
+    Raises:
+        StoreError: If a byte of it has changed.
+    """
+    if len(block) < _BLOCK.size:
+        raise StoreError(f"{where}: the block is cut off. Restore the file, or delete the store and capture again.")
+    magic, length, stored_key, checksum = _BLOCK.unpack_from(block)
+    payload = block[_BLOCK.size :]
+    if magic != _MAGIC or length != len(payload) or zlib.crc32(payload, zlib.crc32(block[: _BLOCK.size - 4])) != checksum:
+        raise StoreError(
+            f"{where}: the block's checksum does not fit, so a byte of it has changed. Restore the file, or delete the store "
+            "and capture again."
+        )
+    if stored_key != key:
+        raise StoreError(f"{where}: the block belongs to another sequence than the journal says. Capture again.")
+    try:
+        return codec.decode(zstandard.ZstdDecompressor().decompress(payload))
+    except (zstandard.ZstdError, StoreError) as error:
+        raise StoreError(f"{where}: the block cannot be read ({error}). Capture again.") from error
+
+
+def journal_line(entry: dict[str, Any]) -> bytes:
+    """Return an entry as a line: CRC-32 in hexadecimal, a space, JSON."""
+    body = json.dumps(entry, sort_keys=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read a journal up to its last whole line.
+
+    Args:
+        path: The journal's file.
+
+    Returns:
+        Its entries, and the length in bytes of what is whole: a process killed while it wrote leaves a part of a line.
+
+    Raises:
+        StoreError: If a line before the last is damaged.
+    """
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    entries = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        checksum, _, body = line.partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(body):
+            raise StoreError(f"{path}, line {number}: the checksum does not fit. Restore the file or capture again.")
+        entries.append(json.loads(body))
+    return entries, whole

@@ -1,0 +1,334 @@
+"""Reading, writing and checking a store of soft labels."""
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...modules.distillation import SoftLabels
+from .codec import StoredSequence, StoreError
+from .format import StoreHeader, journal_line, pack_block, read_journal, unpack_block
+
+
+@dataclass(frozen=True)
+class _Place:
+    shard: str
+    offset: int
+    length: int
+    tokens: int
+
+
+def sequence_layout(position_ids: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return where pieces begin, and which tokens have a successor to predict, of one sequence [length]."""
+    starts = (position_ids == 0).nonzero()[:, 0].numpy().astype(np.uint32)
+    supervised = np.zeros(len(labels), dtype=bool)
+    supervised[:-1] = (labels[1:] != -100).numpy()
+    return starts, supervised
+
+
+class SoftLabelStore:
+    """A store, opened for reading: random access by key through memory maps.
+
+    A capture may be running or have been killed: what is in the journals is whole, the rest is not seen.
+
+    Args:
+        folder: The store's folder.
+
+    Raises:
+        StoreError: If there is no store, or a file is missing, shorter than its journal says or of another format.
+
+    Example:
+        >>> store = SoftLabelStore("runs/labels")            # doctest: +SKIP
+        >>> sequence = store.read(store.keys[0])              # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.header = StoreHeader.read(self.folder)
+        self._codec = self.header.make_codec()
+        self._places: dict[bytes, _Place] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        for journal in sorted(self.folder.glob("journal-*.jsonl")):
+            for entry in read_journal(journal)[0]:
+                place = _Place(entry["shard"], entry["offset"], entry["length"], entry["tokens"])
+                self._places.setdefault(bytes.fromhex(entry["key"]), place)
+        self._check_sizes()
+        self.keys: list[bytes] = list(self._places)
+
+    def _check_sizes(self) -> None:
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            ends[place.shard] = max(ends.get(place.shard, 0), place.offset + place.length)
+        for shard, end in ends.items():
+            path = self.folder / shard
+            size = path.stat().st_size if path.is_file() else 0
+            if size < end:
+                raise StoreError(
+                    f"{path} is truncated: the journal names {end} bytes, the file has {size}. Restore it, or delete the "
+                    "store and capture again."
+                )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # worker processes map the files themselves
+
+    def read(self, key: bytes) -> StoredSequence:
+        """Return the sequence under a key.
+
+        Raises:
+            KeyError: If the store does not have it.
+            StoreError: If its bytes have changed since they were written.
+        """
+        place = self._places[key]
+        if place.shard not in self._maps:
+            with open(self.folder / place.shard, "rb") as file:
+                self._maps[place.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        block = self._maps[place.shard][place.offset : place.offset + place.length]
+        return unpack_block(block, key, self._codec, f"{self.folder / place.shard} at byte {place.offset}")
+
+    def example(self, key: bytes, tokens: np.ndarray | None = None) -> dict[str, Any]:
+        """Return a training example: ``input_ids``, ``labels``, ``position_ids`` [length] and ``soft_labels``.
+
+        Args:
+            key: The sequence's key.
+            tokens: Its tokens, for a store that does not hold them.
+        """
+        sequence = self.read(key)
+        ids = torch.from_numpy((sequence.tokens if tokens is None else tokens).astype(np.int64))
+        length = len(sequence.supervised)
+        begins = np.zeros(length, dtype=np.int64)
+        begins[sequence.starts] = sequence.starts
+        labels = torch.full((length,), -100)
+        labelled = torch.from_numpy(sequence.supervised.nonzero()[0] + 1)
+        labels[labelled] = ids[labelled]
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": torch.from_numpy(np.arange(length) - np.maximum.accumulate(begins)),
+            "soft_labels": self._soft_labels(sequence),
+        }
+
+    def _soft_labels(self, sequence: StoredSequence) -> SoftLabels:
+        counts = sequence.counts.astype(np.int64)
+        width = int(counts.max(initial=1))
+        kept = np.arange(width) < counts[:, None]
+        ids = np.full(kept.shape, -1, dtype=np.int32)
+        probabilities = np.zeros(kept.shape, dtype=np.uint16)
+        ids[kept], probabilities[kept] = sequence.ids, sequence.probabilities
+        return SoftLabels(
+            torch.from_numpy(ids),
+            _bfloat16(probabilities),
+            _bfloat16(sequence.tail),
+            _bfloat16(sequence.realised),
+            self.header.settings.temperature,
+        )
+
+    def tokens_of(self, key: bytes) -> int:
+        """Return the length of a sequence in tokens, without reading it."""
+        return self._places[key].tokens
+
+    def content_hash(self) -> str:
+        """Return 32 hexadecimal digits of the store's settings and keys, for results to quote."""
+        return hashlib.blake2b(b"".join(sorted(self.keys)), digest_size=16).hexdigest()
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts, sizes and the kept mass of a store; reads every block."""
+        supervised = kept = columns = 0
+        mass, shortest = 0.0, 1.0
+        for sequence in map(self.read, self.keys):
+            supervised += len(sequence.counts)
+            kept += int(sequence.counts.sum())
+            columns += 4 * len(sequence.tokens)
+            if len(sequence.tail):
+                here = 1 - _bfloat16(sequence.tail).double()
+                mass, shortest = mass + float(here.sum()), min(shortest, float(here.min()))
+        size = sum(place.length for place in self._places.values())
+        return {
+            "teacher": self.header.teacher,
+            "teacher_fingerprint": self.header.teacher_fingerprint,
+            "settings": self.header.settings.__dict__,
+            "sequences": len(self),
+            "tokens": sum(place.tokens for place in self._places.values()),
+            "labelled_tokens": supervised,
+            "bytes": size,
+            "bytes_per_labelled_token": size / max(supervised, 1),
+            "labels_per_token": kept / max(supervised, 1),
+            "mass_kept_mean": mass / max(supervised, 1),
+            "mass_kept_least": shortest,
+        }
+
+    def verify(self) -> Iterator[bytes]:
+        """Read and check every block, yielding its key.
+
+        Raises:
+            StoreError: At the first block that is damaged or holds what no teacher can have said.
+        """
+        for key in self.keys:
+            sequence = self.read(key)
+            where = f"{self.folder / self._places[key].shard} at byte {self._places[key].offset}"
+            if len(sequence.ids) and int(sequence.ids.max()) >= self.header.vocabulary:
+                raise StoreError(f"{where}: an id is outside the vocabulary of {self.header.vocabulary}. Capture again.")
+            mass = _bfloat16(sequence.tail).double()
+            owners = torch.repeat_interleave(torch.from_numpy(sequence.counts.astype(np.int64)))
+            mass = mass.index_add(0, owners, _bfloat16(sequence.probabilities).double())
+            if len(mass) and not bool(((mass - 1).abs() < 0.02).all()):
+                raise StoreError(f"{where}: probabilities do not add up to 1. Capture again.")
+            if len(sequence.tokens) and self.header.key(sequence.tokens, sequence.starts, sequence.supervised) != key:
+                raise StoreError(f"{where}: the tokens do not fit their key. Capture again.")
+            yield key
+
+
+def _bfloat16(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values).view(np.int16).copy()).view(torch.bfloat16)
+
+
+class SoftLabelAppender:
+    """Appends one process's sequences to a store, which it makes or goes on with.
+
+    A block is synced to disk before the journal's line that names it, so that a killed process leaves at most bytes that
+    no line names; they are cut off when the store is opened again.
+
+    Args:
+        folder: The store's folder.
+        header: What the labels are made with.
+        rank: This process; each has shards and a journal of its own.
+        shard_bytes: A new shard is begun when one has grown beyond this.
+
+    Raises:
+        StoreError: If the folder holds labels made with something else, is damaged, or is being written to.
+    """
+
+    def __init__(self, folder: str | Path, header: StoreHeader, *, rank: int = 0, shard_bytes: int = 1 << 28) -> None:
+        self.folder = Path(folder)
+        self.header = header
+        self.rank, self.shard_bytes = rank, shard_bytes
+        self._codec = header.make_codec()
+        prepare_store(self.folder, header, write=rank == 0)
+        self._lock = open(self.folder / f"writer-{rank:05d}.lock", "w")  # noqa: SIM115  (held until close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise StoreError(f"{self.folder} is being written to by another process. Wait for it, or use another folder.") from None
+        self._keys = set(SoftLabelStore(self.folder).keys)
+        self._journal_path = self.folder / f"journal-{rank:05d}.jsonl"
+        self._recover()
+        self._journal = open(self._journal_path, "ab", buffering=0)  # noqa: SIM115
+        self._shard = open(self.folder / self._shard_name, "ab", buffering=0)  # noqa: SIM115
+
+    def _recover(self) -> None:
+        """Cut off what no journal line names."""
+        entries, whole = read_journal(self._journal_path) if self._journal_path.is_file() else ([], 0)
+        if self._journal_path.is_file():
+            os.truncate(self._journal_path, whole)
+        self._number = max((int(entry["shard"][-9:-4]) for entry in entries), default=0)
+        end = max((entry["offset"] + entry["length"] for entry in entries if entry["shard"] == self._shard_name), default=0)
+        for path in self.folder.glob(f"labels-{self.rank:05d}-*.flb"):
+            if path.name == self._shard_name:
+                os.truncate(path, end)
+            elif path.name > self._shard_name:
+                path.unlink()
+
+    @property
+    def _shard_name(self) -> str:
+        return f"labels-{self.rank:05d}-{self._number:05d}.flb"
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+    def append(self, sequences: list[tuple[bytes, StoredSequence]]) -> int:
+        """Write sequences and sync them to disk.
+
+        Args:
+            sequences: Keys and sequences; a key that the store has is passed over.
+
+        Returns:
+            Number of bytes written to the shard.
+
+        Raises:
+            StoreError: If the disk is full; what was appended before stays readable.
+        """
+        lines, blocks = [], []
+        offset = start = self._shard.seek(0, os.SEEK_END)
+        for key, sequence in sequences:
+            if key in self._keys:
+                continue
+            self._keys.add(key)
+            block = pack_block(key, sequence, self._codec, self.header.compression)
+            entry = {"shard": self._shard_name, "offset": offset, "length": len(block), "key": key.hex()}
+            lines.append(journal_line({**entry, "tokens": len(sequence.supervised)}))
+            blocks.append(block)
+            offset += len(block)
+        journal_end = self._journal.seek(0, os.SEEK_END)
+        try:
+            _write(self._shard, b"".join(blocks))
+            _write(self._journal, b"".join(lines))
+        except OSError as error:
+            self._shard.truncate(start)
+            self._journal.truncate(journal_end)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise StoreError(
+                f"The disk of {self.folder} is full ({error.strerror}). The store holds {start} whole bytes in "
+                f"{self._shard_name}: free some space and run the same command again, it goes on from there."
+            ) from error
+        if offset >= self.shard_bytes:
+            self._shard.close()
+            self._number += 1
+            self._shard = open(self.folder / self._shard_name, "ab", buffering=0)  # noqa: SIM115
+        return offset - start
+
+    def close(self) -> None:
+        """Close the files and let others write."""
+        for file in (self._shard, self._journal, self._lock):
+            file.close()
+
+
+def _write(file: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    os.fsync(file.fileno())
+
+
+def prepare_store(folder: Path, header: StoreHeader, *, write: bool = True) -> None:
+    """Make a store's folder and header, or check that they are of the same making.
+
+    Args:
+        folder: The store's folder.
+        header: What the labels are made with.
+        write: Whether this process writes a missing header.
+
+    Raises:
+        StoreError: If the folder holds other files, or a store made with something else; the message names what differs.
+    """
+    folder = Path(folder)
+    try:
+        existing = StoreHeader.read(folder)
+    except StoreError:
+        if (folder / "header.json").exists():
+            raise
+        if folder.is_dir() and any(not name.name.startswith(("writer-", ".header")) for name in folder.iterdir()):
+            raise StoreError(f"{folder} holds other files and no soft-label store. Give an empty or a new folder.") from None
+        if write:
+            header.write(folder)
+        return
+    different = existing.differences(header)
+    if different:
+        raise StoreError(
+            f"{folder} holds labels that were made with something else: {'; '.join(different)}. Give another folder, or the "
+            "settings of the store."
+        )

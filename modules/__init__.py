@@ -1,0 +1,7 @@
+"""The trainable systems, one LightningModule per method, and what they are made of."""
+
+from .distillation import SoftLabelDistillation, SoftLabelTeacher
+from .language_model import LanguageModel
+from .schedules import WarmupCosine
+
+__all__ = ["LanguageModel", "SoftLabelDistillation", "SoftLabelTeacher", "WarmupCosine"]

@@ -1,0 +1,162 @@
+"""Divergences of a student from a teacher, on kept labels or on the full vocabulary, for ``linear_loss``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .labels import SoftLabels
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Remainder = Literal["tail_bucket", "renormalize"]
+
+_TINY = 1e-7  # below this, 1 - sum(q) is rounding noise in float32
+
+
+def check_divergence(divergence: str, remainder: str) -> None:
+    """Raise a ValueError for a name that is unknown or a pair that has no finite value.
+
+    Args:
+        divergence: ``forward_kl``, ``reverse_kl`` or ``jensen_shannon``.
+        remainder: ``tail_bucket`` or ``renormalize``.
+    """
+    for name, value, legal in (
+        ("divergence", divergence, ("forward_kl", "reverse_kl", "jensen_shannon")),
+        ("remainder", remainder, ("tail_bucket", "renormalize")),
+    ):
+        if value not in legal:
+            raise ValueError(f"{name}={value!r} is unknown. Legal: {', '.join(legal)}.")
+    if divergence == "reverse_kl" and remainder == "renormalize":
+        raise ValueError(
+            "divergence='reverse_kl' is infinite with remainder='renormalize', which gives every token that was not kept "
+            "the probability 0. Use remainder='tail_bucket', or forward_kl or jensen_shannon."
+        )
+
+
+def divergence_and_slope(p: Tensor, log_q: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
+    """Return D(p, q) [tokens] and dD / dlog q [tokens, outcomes] of two distributions over the same outcomes.
+
+    Args:
+        p: The teacher's probabilities [tokens, outcomes]; zeros are allowed but for ``reverse_kl``.
+        log_q: The student's log-probabilities [tokens, outcomes].
+        divergence: Jensen-Shannon is the mean of both KLs to the even mixture (Lin 1991), in nats.
+    """
+    if divergence == "forward_kl":
+        return (torch.xlogy(p, p) - p * log_q).sum(dim=1), -p
+    q = log_q.exp()
+    if divergence == "reverse_kl":
+        ratio = log_q - p.clamp(min=torch.finfo(p.dtype).tiny).log()
+        return (q * ratio).sum(dim=1), q * (ratio + 1)
+    mixture = ((p + q) / 2).clamp(min=torch.finfo(p.dtype).tiny).log()
+    value = (torch.xlogy(p, p) - p * mixture + q * (log_q - mixture)).sum(dim=1) / 2
+    return value, q * (log_q - mixture) / 2
+
+
+@dataclass
+class KeptLabelTargets:
+    """A teacher's kept labels; the student's distribution is compared over the kept tokens and one bucket for the rest.
+
+    Args:
+        labels: Kept labels of the supervised tokens.
+        divergence: Divergence of the student from the teacher.
+        remainder: ``tail_bucket`` keeps the teacher's remaining mass as one outcome, to which the student's remaining
+            mass is compared; ``renormalize`` scales the kept probabilities up to 1 (the plain form of the method; Sparse
+            Logit Sampling, arXiv 2503.16870, shows what it teaches wrongly).
+    """
+
+    labels: SoftLabels
+    divergence: Divergence = "forward_kl"
+    remainder: Remainder = "tail_bucket"
+
+    @property
+    def temperature(self) -> float:
+        """Temperature that the labels were made with."""
+        return self.labels.temperature
+
+    def chunk(self, rows: slice, logits: Tensor) -> "_KeptLabelChunk":
+        """Read the kept tokens' logits of a chunk [tokens, vocabulary]."""
+        return _KeptLabelChunk(self, self.labels.where(rows), logits)
+
+
+class _KeptLabelChunk:
+    def __init__(self, targets: KeptLabelTargets, labels: SoftLabels, logits: Tensor) -> None:
+        self.divergence = targets.divergence
+        self.ids = labels.ids.long().clamp(min=0)
+        self.padding = labels.ids < 0
+        self.top_ids = self.ids[:, 0]
+        self.kept_logits = logits.gather(1, self.ids)
+        p = labels.probabilities.float()
+        if targets.remainder == "renormalize":
+            tail = torch.zeros_like(p[:, :1])
+        else:
+            tail = labels.tail.float()[:, None].clamp(min=_TINY)
+        # Both were rounded when they were stored.
+        self.p = torch.cat([p, tail], dim=1)
+        self.p /= self.p.sum(dim=1, keepdim=True)
+
+    def loss(self, log_normaliser: Tensor) -> Tensor:
+        log_q = self.kept_logits - log_normaliser[:, None]
+        q = log_q.exp().masked_fill_(self.padding, 0)
+        self.tail_q = (1 - q.sum(dim=1, keepdim=True)).clamp_(min=_TINY)
+        outcomes = torch.cat([log_q, self.tail_q.log()], dim=1)
+        absent = torch.nn.functional.pad(self.padding, (0, 1))
+        # A padded outcome has p = 0; at log q = -100 its q is 0 too, and nothing becomes NaN.
+        outcomes.masked_fill_(absent, -100.0)
+        value, slope = divergence_and_slope(self.p, outcomes, self.divergence)
+        self.q, self.slope = q, slope.masked_fill_(absent, 0)
+        return value
+
+    def blend_(self, probabilities: Tensor, hard: float, soft: float) -> None:
+        # With g = dD/dlog q: dD/dz_j = q_j (g_tail / q_tail - sum g), and for kept j also g_j - q_j g_tail / q_tail.
+        tail = self.slope[:, -1:] / self.tail_q
+        row = hard + soft * (tail - self.slope.sum(dim=1, keepdim=True))
+        probabilities.mul_(row)
+        kept = soft * (self.slope[:, :-1] - self.q * tail)
+        probabilities.scatter_add_(1, self.ids, kept.masked_fill_(self.padding, 0))
+
+
+@dataclass
+class FullVocabularyTargets:
+    """The teacher's whole distribution, made chunk by chunk from its final hidden states (online distillation).
+
+    Args:
+        hidden_states: The teacher's final hidden states of the supervised tokens [tokens, teacher's hidden size].
+        weight: Weight of the teacher's head [vocabulary, teacher's hidden size].
+        divergence: Divergence of the student from the teacher.
+        temperature: Both models' logits are divided by it.
+    """
+
+    hidden_states: Tensor
+    weight: Tensor
+    divergence: Divergence = "forward_kl"
+    temperature: float = 1.0
+
+    def chunk(self, rows: slice, logits: Tensor) -> "_FullVocabularyChunk":
+        """Make the teacher's distribution for a chunk whose student logits [tokens, vocabulary] are given."""
+        teacher = torch.mm(self.hidden_states[rows].to(self.weight.dtype), self.weight.t()).float()
+        return _FullVocabularyChunk(self.divergence, teacher.div_(self.temperature), logits)
+
+
+class _FullVocabularyChunk:
+    def __init__(self, divergence: str, teacher_logits: Tensor, logits: Tensor) -> None:
+        self.divergence = divergence
+        self.top_ids = teacher_logits.argmax(dim=1)
+        log_p = teacher_logits.sub_(teacher_logits.logsumexp(dim=1, keepdim=True))
+        if divergence == "forward_kl":
+            self.p = log_p.exp()
+            self.partial = torch.linalg.vecdot(self.p, log_p.sub_(logits))
+        else:
+            self.p, self.logits = log_p.exp_(), logits.clone()
+
+    def loss(self, log_normaliser: Tensor) -> Tensor:
+        if self.divergence == "forward_kl":
+            return self.partial + log_normaliser
+        value, self.slope = divergence_and_slope(self.p, self.logits.sub_(log_normaliser[:, None]), self.divergence)
+        return value
+
+    def blend_(self, probabilities: Tensor, hard: float, soft: float) -> None:
+        if self.divergence == "forward_kl":
+            probabilities.mul_(hard + soft).sub_(self.p, alpha=soft)
+        else:
+            probabilities.mul_(hard - soft * self.slope.sum(dim=1, keepdim=True)).add_(self.slope, alpha=soft)

@@ -1,0 +1,171 @@
+"""Distillation of a student from a teacher's stored or online soft labels."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from ..language_model import Batch, GenerationSettings, LanguageModel
+from ..linear_loss import LossParts, SoftTargets, linear_loss, shift_labels
+from ..pretrained import Dtype, head_weight, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
+from ..student import StudentSpec
+from .labels import LabelSettings
+from .loss import Divergence, FullVocabularyTargets, KeptLabelTargets, Remainder, check_divergence
+from .teacher import teacher_labels, teacher_states
+
+
+class SoftLabelDistillation(LanguageModel):
+    """A student trained on hard labels and a teacher's distribution: ``(1 - w) CE + w T^2 D(teacher, student)``.
+
+    The labels come with the batches (``SoftLabelDataModule``), or from ``teacher``, which reads every batch; both give
+    the same numbers for the same selection. Logs ``val_kl`` (the chosen divergence) and ``val_agreement`` (share of
+    tokens whose most likely token is the teacher's) beside the figures of ``LanguageModel``.
+
+    Follows Hinton et al., arXiv 1503.02531, for the mix and the temperature; the tail bucket keeps the mass that was not
+    stored as one more outcome (arXiv 2503.16870 shows why).
+
+    Args:
+        source: Model that the student is made of; see ``LanguageModel``.
+        student: The smaller model to train; None trains the source itself.
+        teacher: Source of an online teacher, for batches that bring no labels; None for stored labels only.
+        selection: What is kept of the online teacher's distribution; ``full`` uses all of it.
+        soft_weight: Share w of the divergence in the loss, 0 to 1; the cross-entropy to the text has the rest.
+        divergence: ``forward_kl``, ``reverse_kl`` or ``jensen_shannon``.
+        remainder: What becomes of the mass that was not kept: ``tail_bucket`` or ``renormalize``.
+        optimizer: Optimizer, given its parameters.
+        lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
+        weights: Type of the student's weights in memory.
+        teacher_weights: Type of the online teacher's weights in memory.
+        gradient_checkpointing: Compute activations again in the backward pass.
+        compile: Compile the student's transformer with ``torch.compile``.
+        attn_implementation: Attention function of ``transformers``; its own choice when None.
+        loss_chunk_tokens: Tokens whose logits exist at the same time in the loss.
+        generation: How ``predict`` writes text.
+
+    Raises:
+        ValueError: If a name is unknown, a number out of range, or the teacher has another tokenizer.
+    """
+
+    def __init__(
+        self,
+        source: str = "package:smollm2-135m-instruct",
+        *,
+        student: StudentSpec | None = None,
+        teacher: str | None = None,
+        selection: LabelSettings = LabelSettings(),  # noqa: B008  (frozen)
+        soft_weight: float = 0.5,
+        divergence: Divergence = "forward_kl",
+        remainder: Remainder = "tail_bucket",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        weights: Dtype = "float32",
+        teacher_weights: Dtype = "bfloat16",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        attn_implementation: str | None = None,
+        loss_chunk_tokens: int = 256,
+        generation: GenerationSettings | None = None,
+    ) -> None:
+        check_divergence(divergence, remainder)
+        if not 0 <= soft_weight <= 1:
+            raise ValueError(f"soft_weight={soft_weight} is no share of the loss. Legal: 0 to 1.")
+        selection.check()
+        super().__init__(
+            source,
+            student=student,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            weights=weights,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            attn_implementation=attn_implementation,
+            loss_chunk_tokens=loss_chunk_tokens,
+            generation=generation,
+        )
+        self.teacher_source = None if teacher is None else resolve_source(teacher)
+        self.selection = selection
+        self.soft_weight = soft_weight
+        self.divergence: Divergence = divergence
+        self.remainder: Remainder = remainder
+        self.teacher_weights: Dtype = teacher_weights
+        self._teacher: list[PreTrainedModel] = []  # in a list: no part of checkpoints, of DDP or of the optimizer
+        self.metrics["kl"] = MeanMetric()
+        self.metrics["agreement"] = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Load the student, and the online teacher where one is named."""
+        if self.teacher_source is not None and not self._teacher:
+            name = self.teacher_source.name
+            if tokenizer_fingerprint(load_tokenizer(name)) != tokenizer_fingerprint(self.tokenizer):
+                raise ValueError(
+                    f"teacher={name!r} has another tokenizer than source={self.source.name!r}: their vocabularies cannot "
+                    "be compared token by token. Give a teacher with the student's tokenizer."
+                )
+            teacher = load_model(name, self.teacher_weights, attn_implementation=self.attn_implementation)
+            self.selection.check(head_weight(teacher).shape[0])
+            self._teacher.append(teacher.requires_grad_(False))
+        super().configure_model()
+
+    def soft_targets(self, batch: Batch) -> SoftTargets | None:
+        """Return the teacher's side of a batch: its stored labels, else the online teacher's, else None."""
+        if "soft_labels" in batch:
+            return KeptLabelTargets(batch["soft_labels"], self.divergence, self.remainder)
+        if not self._teacher:
+            return None
+        teacher = self._teacher[0]
+        if teacher.device != self.device:
+            self._teacher[0] = teacher = teacher.to(self.device)
+        if self.selection.selection == "full":
+            return FullVocabularyTargets(
+                teacher_states(teacher, batch), head_weight(teacher), self.divergence, self.selection.temperature
+            )
+        with torch.autocast(self.device.type, enabled=False):  # as in capture
+            labels = teacher_labels(teacher, batch, self.selection)
+        return KeptLabelTargets(labels, self.divergence, self.remainder)
+
+    def loss_parts(self, batch: Batch) -> LossParts:
+        """Return the loss of a batch of ``LanguageModel``, with ``soft_labels`` of its supervised tokens if stored."""
+        assert self.model is not None
+        targets = shift_labels(batch["labels"])
+        supervised = targets != -100
+        soft_targets = self.soft_targets(batch)
+        return linear_loss(
+            self.hidden_states(batch)[supervised],
+            head_weight(self.model),
+            targets[supervised],
+            soft_targets=soft_targets,
+            soft_weight=0.0 if soft_targets is None else self.soft_weight,
+            chunk_tokens=self.loss_chunk_tokens,
+        )
+
+    def on_fit_start(self) -> None:
+        """Refuse to train on a loss whose half would be missing.
+
+        Raises:
+            ValueError: If neither the data nor an online teacher gives soft labels.
+        """
+        stored = getattr(getattr(self.trainer, "datamodule", None), "has_soft_labels", None)
+        if self.teacher_source is None and stored is False:
+            raise ValueError(
+                "Distillation needs soft labels: use --data SoftLabelDataModule with a store, or name an online teacher "
+                "with --model.teacher."
+            )
+
+    def _log_training(self, parts: LossParts) -> None:
+        super()._log_training(parts)
+        self.log("train_kl", parts.soft, prog_bar=True)
+
+    def _evaluate(self, batch: Batch) -> LossParts:
+        parts = super()._evaluate(batch)
+        if "soft_labels" in batch or self._teacher:
+            self.metrics["kl"].update(parts.soft, parts.tokens)
+            self.metrics["agreement"].update(parts.agreement, parts.tokens)
+        return parts
+
+    def _log_evaluation(self, stage: str) -> None:
+        if self.metrics["kl"].update_called:
+            self.log(f"{stage}_kl", self.metrics["kl"].compute())
+            self.log(f"{stage}_agreement", self.metrics["agreement"].compute())
+        super()._log_evaluation(stage)

@@ -1,0 +1,94 @@
+"""Where things are kept and how they are written: the cache folder, and writes that a killed process cannot spoil."""
+
+import difflib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder of the cache: ``$FULGURITE_CACHE``, else ``$XDG_CACHE_HOME/fulgurite``, else ``~/.cache/fulgurite``.
+
+    Args:
+        parts: Names of the sub-folders. Nothing is created.
+    """
+    root = os.environ.get("FULGURITE_CACHE")
+    if root:
+        return Path(root).joinpath(*parts)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).joinpath("fulgurite", *parts)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a whole file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: File to write; its folder is made when missing.
+        data: Content; text is written as UTF-8.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of ``path`` when the block ends without an error.
+
+    A folder that already stands at ``path`` stays until the new one is complete.
+
+    Args:
+        path: Folder to make or to replace.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    temporary, old = (path.with_name(f".{path.name}.{token}.{state}") for state in ("new", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def nearest(name: str, legal: Iterable[str]) -> str:
+    """Return the end of an error message: the legal names closest to ``name`` first, then the rest."""
+    names = list(legal)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"{hint} Legal: {', '.join(names)}."

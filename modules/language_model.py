@@ -1,0 +1,297 @@
+"""Plain training and fine-tuning of a causal language model; the base of the suite's other systems."""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .linear_loss import LossParts, linear_loss, shift_labels
+from .pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source, token_byte_lengths
+from .schedules import WarmupCosine
+from .student import StudentSpec, build_student
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class GenerationSettings:
+    """How ``predict`` writes text.
+
+    Args:
+        max_new_tokens: Tokens to write after each prompt.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from the softmax of logits / temperature.
+        top_p: Tokens are drawn from the smallest set with this probability mass, in (0, 1].
+        prompt_tokens: Of a block without a prompt of its own, this many first tokens are the prompt.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    prompt_tokens: int = 32
+
+    def kwargs(self) -> dict[str, Any]:
+        """Return the arguments for ``transformers``' ``generate``."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} writes nothing. Legal: 1 or more.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is below 0. Legal: 0 (greedy) or above.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is no probability mass. Legal: above 0, up to 1.")
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            arguments |= {"temperature": self.temperature, "top_p": self.top_p}
+        return arguments
+
+
+class LanguageModel(LightningModule):
+    """A causal language model trained on the next token of packed text or of responses.
+
+    Validation and test log, weighted by tokens over all ranks: ``val_loss`` (nats per token), ``val_perplexity`` and
+    ``val_bits_per_byte``, which compares models with different tokenizers.
+
+    Args:
+        source: Model to start from: ``package:smollm2-135m-instruct``, a folder, a ``.gguf`` file, a hub id,
+            ``random:tiny``.
+        student: Train a smaller student made of this model instead of the model itself.
+        optimizer: Optimizer, given its parameters.
+        lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
+        weights: Type of the weights in memory; train ``float32`` with ``trainer.precision: bf16-mixed``.
+        gradient_checkpointing: Compute activations again in the backward pass, which saves memory for time.
+        compile: Compile the transformer with ``torch.compile``.
+        attn_implementation: Attention function of ``transformers`` (``sdpa``, ``eager``, ``flash_attention_2``).
+        loss_chunk_tokens: Tokens whose logits exist at the same time in the loss.
+        generation: How ``predict`` writes text.
+
+    Raises:
+        ValueError: If the source is unknown, or the student does not fit it, before weights are read.
+
+    Example:
+        >>> model = LanguageModel("random:tiny")
+        >>> model.configure_model()
+        >>> model.model.config.num_hidden_layers
+        4
+    """
+
+    def __init__(
+        self,
+        source: str = "package:smollm2-135m-instruct",
+        *,
+        student: StudentSpec | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        weights: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        attn_implementation: str | None = None,
+        loss_chunk_tokens: int = 256,
+        generation: GenerationSettings | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # Callables and objects would make the checkpoint unreadable with weights_only=True.
+        self.remove_ignored_hparams([name for name, value in self.hparams.items() if not _is_plain(value)])
+        if loss_chunk_tokens < 1:
+            raise ValueError(f"loss_chunk_tokens={loss_chunk_tokens} holds no token. Legal: 1 or more.")
+        self.source = resolve_source(source)
+        self.student = student
+        if student is not None:
+            student.check(load_config(source))
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.weights: Dtype = weights
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_transformer = compile
+        self.attn_implementation = attn_implementation
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.generation = generation or GenerationSettings()
+        self.generation.kwargs()
+        self.model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._byte_lengths: Tensor | None = None
+        self.metrics = torch.nn.ModuleDict(
+            {"loss": MeanMetric(), "tokens": SumMetric(), "bytes": SumMetric()}  # of validation or test
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.source.name)
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load the weights, and make the student of them."""
+        if self.model is not None:
+            return
+        model = load_model(self.source.name, self.weights, attn_implementation=self.attn_implementation)
+        if self.student is not None:
+            calibration = self._calibration() if self.student.needs_calibration else None
+            model = build_student(model, self.student, calibration)
+        self._adopt(model)
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        head_weight(model)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = model.train()
+        if self.compile_transformer:
+            model.base_model.compile()
+
+    def _calibration(self) -> Batch | None:
+        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        if datamodule is None or not hasattr(datamodule, "calibration_batch"):
+            return None
+        return datamodule.calibration_batch(self.student.calibration_tokens if self.student else 0)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the final hidden states [batch, length, hidden size] of a packed or right-padded batch.
+
+        The model is called without a cache and without an attention mask: with either, ``transformers`` ignores that
+        ``position_ids`` restart with each packed document. Right padding needs no mask under causal attention.
+        """
+        assert self.model is not None
+        return self.model.base_model(
+            input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False
+        ).last_hidden_state
+
+    def loss_parts(self, batch: Batch) -> LossParts:
+        """Return the loss of a batch: ``input_ids``, ``labels`` and ``position_ids``, all int64 [batch, length]."""
+        assert self.model is not None
+        targets = shift_labels(batch["labels"])
+        supervised = targets != -100
+        return linear_loss(
+            self.hidden_states(batch)[supervised],
+            head_weight(self.model),
+            targets[supervised],
+            chunk_tokens=self.loss_chunk_tokens,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        parts = self.loss_parts(batch)
+        self._log_training(parts)
+        return parts.loss
+
+    def _log_training(self, parts: LossParts) -> None:
+        self.log("train_loss", parts.hard, prog_bar=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation metrics."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test metrics."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_evaluation("test")
+
+    def _evaluate(self, batch: Batch) -> LossParts:
+        parts = self.loss_parts(batch)
+        targets = shift_labels(batch["labels"])
+        if self._byte_lengths is None:
+            self._byte_lengths = token_byte_lengths(self.tokenizer).to(targets.device)
+        self.metrics["loss"].update(parts.hard, parts.tokens)
+        self.metrics["tokens"].update(parts.tokens)
+        self.metrics["bytes"].update(self._byte_lengths[targets[targets != -100]].sum())
+        return parts
+
+    def _log_evaluation(self, stage: str) -> None:
+        loss, tokens, size = (float(self.metrics[name].compute()) for name in ("loss", "tokens", "bytes"))
+        self.log(f"{stage}_loss", loss, prog_bar=True)
+        self.log(f"{stage}_perplexity", math.exp(min(loss, 700.0)))
+        self.log(f"{stage}_bits_per_byte", loss * tokens / max(size, 1) / math.log(2))
+        for metric in self.metrics.values():
+            metric.reset()
+
+    @torch.no_grad()
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+        """Write a text after each prompt of a batch.
+
+        Args:
+            batch: Left-padded prompts ``input_ids`` with ``attention_mask``, or blocks of text, [batch, length].
+            batch_idx: Not used.
+            dataloader_idx: Not used.
+
+        Returns:
+            ``prompt`` and ``text`` of every row.
+        """
+        assert self.model is not None
+        prompts, mask = batch["input_ids"], batch.get("attention_mask")
+        if mask is None:
+            prompts = prompts[:, : self.generation.prompt_tokens]
+            mask = torch.ones_like(prompts)
+        written = self.model.generate(
+            input_ids=prompts,
+            attention_mask=mask,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+            **self.generation.kwargs(),
+        )
+        texts = self.tokenizer.batch_decode(written[:, prompts.shape[1] :], skip_special_tokens=True)
+        asked = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(asked, texts)]
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule."""
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            settings |= {"interval": "epoch", "monitor": scheduler.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the small model's config, so that the checkpoint can be read without the large model."""
+        if self.model is not None:
+            checkpoint["fulgurite_config"] = json.loads(self.model.config.to_json_string(use_diff=False))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the checkpoint's model, or check that the model at hand is of the same shape.
+
+        Raises:
+            ValueError: If it is a checkpoint of another model.
+        """
+        saved = checkpoint.get("fulgurite_config")
+        if saved is None:
+            raise ValueError("This checkpoint holds no model config: it was not written by a fulgurite system.")
+        if self.model is None:
+            config = AutoConfig.for_model(saved["model_type"]).from_dict(saved)
+            self._adopt(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weights)))
+            return
+        ours = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if wrong:
+            name = wrong[0]
+            raise ValueError(
+                f"The checkpoint is of another model: {len(wrong)} of its tensors differ, {name} is {theirs.get(name)} "
+                f"there and {ours.get(name)} in source={self.source.name!r}. Give the source and student of the run "
+                "that wrote it."
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,225 @@
+"""Losses over the vocabulary, computed from hidden states and the head's weight in chunks of tokens.
+
+Full logits [tokens, vocabulary] never exist at once: each chunk's logits are made in one reused buffer, turned into
+their gradient in place, and folded into the gradients of the hidden states and of the weight during the forward pass
+(the scheme of Liger Kernel, arXiv 2410.10989; ours also takes soft targets). ``backward`` only scales what is there.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class SoftTargets(Protocol):
+    """What a loss on a teacher's distribution provides; see ``distillation.loss`` for the two forms."""
+
+    @property
+    def temperature(self) -> float:
+        """Both models' logits are divided by it."""
+        ...
+
+    def chunk(self, rows: slice, logits: Tensor) -> "SoftChunk":
+        """Read what is needed of a chunk's logits [tokens, vocabulary] (already divided by the temperature)."""
+        ...
+
+
+class SoftChunk(Protocol):
+    """One chunk of a soft loss; made from the logits, finished with their normaliser."""
+
+    top_ids: Tensor
+
+    def loss(self, log_normaliser: Tensor) -> Tensor:
+        """Return the divergence of every token [tokens] in nats, given logsumexp of its logits [tokens]."""
+        ...
+
+    def blend_(self, probabilities: Tensor, hard: float, soft: float) -> None:
+        """Turn probabilities q in place into ``hard * q + soft * d loss / d logits``, both [tokens, vocabulary]."""
+        ...
+
+
+@dataclass
+class LossParts:
+    """Means over the supervised tokens of a batch, in nats where they are losses.
+
+    Args:
+        loss: What is minimised; differentiable.
+        hard: Cross-entropy to the labels.
+        soft: Divergence from the teacher (without the squared temperature); 0 without soft targets.
+        agreement: Share of tokens whose most likely token is the teacher's (the label without soft targets).
+        tokens: Number of supervised tokens.
+    """
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+    agreement: Tensor
+    tokens: int
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """Align labels [batch, length] with the positions that predict them: each takes its successor's, the last -100."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def linear_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    soft_targets: SoftTargets | None = None,
+    soft_weight: float = 0.0,
+    chunk_tokens: int = 256,
+) -> LossParts:
+    """Cross-entropy, and optionally a divergence from a teacher, of ``softmax(hidden_states @ weight.T)``.
+
+    Args:
+        hidden_states: Final hidden states of the supervised tokens [tokens, hidden size].
+        weight: Weight of the language-model head [vocabulary, hidden size]; may be tied to the embedding.
+        labels: Next token's id for each of them [tokens], int64.
+        soft_targets: The teacher's distributions for the same tokens.
+        soft_weight: Share of the divergence in the loss, in [0, 1]; the cross-entropy has the rest.
+        chunk_tokens: Tokens whose logits exist at the same time.
+
+    Returns:
+        The loss and its parts. Under autocast the matrix products run in its type; everything else in float32.
+    """
+    grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    loss, hard, soft, agreement = _LinearLoss.apply(
+        hidden_states, weight, labels, soft_targets, soft_weight, chunk_tokens, dtype, grad
+    )
+    return LossParts(loss, hard, soft, agreement, labels.numel())
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        soft_targets: SoftTargets | None,
+        soft_weight: float,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        device = hidden_states.device
+        tokens, vocabulary = labels.numel(), weight.shape[0]
+        with torch.autocast(device.type, enabled=False):
+            cast_weight, cast_hidden = weight.detach().to(dtype), hidden_states.detach().to(dtype)
+            # The hidden states may be frozen below a trained head, or the head be frozen above them.
+            ctx.hidden_gradient = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32) if grad else None
+            ctx.weight_gradient = (
+                weight.new_zeros(weight.shape, dtype=torch.float32) if grad and weight.requires_grad else None
+            )
+            sums = torch.zeros(3, device=device, dtype=torch.float64)
+            rows_per_chunk = min(chunk_tokens, tokens)
+            low = torch.empty(rows_per_chunk, vocabulary, device=device, dtype=dtype)
+            full = low if dtype == torch.float32 else torch.empty_like(low, dtype=torch.float32)
+            scratch = None
+            if soft_targets is not None and soft_targets.temperature != 1.0:
+                scratch = torch.empty_like(full)
+            for start in range(0, tokens, chunk_tokens):
+                rows = slice(start, min(start + chunk_tokens, tokens))
+                count = rows.stop - rows.start
+                products, logits = low[:count], full[:count]
+                torch.mm(cast_hidden[rows], cast_weight.t(), out=products)
+                if logits is not products:
+                    logits.copy_(products)
+                gradient = _chunk(
+                    logits,
+                    labels[rows],
+                    sums,
+                    soft_targets,
+                    soft_weight,
+                    rows,
+                    None if scratch is None else scratch[:count],
+                    grad,
+                )
+                if gradient is None:
+                    continue
+                if gradient.dtype != dtype:
+                    products.copy_(gradient)
+                    gradient = products
+                if ctx.hidden_gradient is not None:
+                    ctx.hidden_gradient[rows] = torch.mm(gradient, cast_weight)
+                if ctx.weight_gradient is not None:
+                    if dtype == torch.float32:
+                        ctx.weight_gradient.addmm_(gradient.t(), cast_hidden[rows])
+                    else:
+                        ctx.weight_gradient.add_(torch.mm(gradient.t(), cast_hidden[rows]))
+        ctx.tokens, ctx.dtypes, ctx.used = tokens, (hidden_states.dtype, weight.dtype), False
+        hard, soft, agreement = (sums / max(tokens, 1)).float().unbind()
+        scale = 1.0 if soft_targets is None else soft_targets.temperature**2
+        loss = (1 - soft_weight) * hard + soft_weight * scale * soft
+        ctx.mark_non_differentiable(hard, soft, agreement)
+        return loss, hard, soft, agreement
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.used:
+            raise RuntimeError("linear_loss keeps its gradients for one backward pass; call it again for another.")
+        ctx.used = True
+        scale = loss_gradient / max(ctx.tokens, 1)
+        results: list[Tensor | None] = []
+        for gradient, dtype in zip((ctx.hidden_gradient, ctx.weight_gradient), ctx.dtypes):
+            results.append(None if gradient is None else gradient.mul_(scale).to(dtype))
+        ctx.hidden_gradient = ctx.weight_gradient = None
+        return (*results, None, None, None, None, None, None)
+
+
+def _chunk(
+    logits: Tensor,
+    labels: Tensor,
+    sums: Tensor,
+    soft_targets: SoftTargets | None,
+    soft_weight: float,
+    rows: slice,
+    scratch: Tensor | None,
+    grad: bool,
+) -> Tensor | None:
+    """Add a chunk's losses to ``sums`` and turn its logits in place into the gradient of ``tokens * loss``."""
+    label_column = labels[:, None]
+    label_logits = logits.gather(1, label_column)[:, 0]
+    soft = None
+    if soft_targets is not None:
+        if scratch is not None:
+            torch.mul(logits, 1 / soft_targets.temperature, out=scratch)
+        soft = soft_targets.chunk(rows, logits if scratch is None else scratch)
+    top, top_ids, log_normaliser, inverse_sum = _exponentiate_(logits)
+    sums[0] += (log_normaliser - label_logits).sum()
+    sums[2] += (top_ids == (labels if soft is None else soft.top_ids)).sum()
+    if soft is not None and soft_targets is not None:
+        if scratch is None:
+            soft_normaliser, soft_inverse = log_normaliser, inverse_sum
+        else:
+            _, _, soft_normaliser, soft_inverse = _exponentiate_(scratch)
+        sums[1] += soft.loss(soft_normaliser).sum()
+    if not grad:
+        return None
+    logits.mul_(inverse_sum[:, None])
+    hard_weight = 1 - soft_weight if soft is not None else 1.0
+    if soft is None or soft_targets is None:
+        pass
+    elif scratch is None:
+        soft.blend_(logits, hard_weight, soft_weight)
+    else:
+        # d(t^2 D(z / t)) / dz = t D'(z / t)
+        scratch.mul_(soft_inverse[:, None])
+        soft.blend_(scratch, 0.0, soft_weight * soft_targets.temperature)
+        logits.mul_(hard_weight).add_(scratch)
+    logits.scatter_add_(1, label_column, logits.new_full((), -hard_weight).expand_as(label_column))
+    return logits
+
+
+def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Replace logits by exp(logits - max); return max, its index, logsumexp and 1 / sum, all [tokens]."""
+    top, top_ids = logits.max(dim=1)
+    total = logits.sub_(top[:, None]).exp_().sum(dim=1)
+    return top, top_ids, top + total.log(), total.reciprocal()

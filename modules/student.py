@@ -1,0 +1,189 @@
+"""Small models made from large ones: some layers kept, or a fresh model of a smaller config."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .files import nearest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LayerChoice:
+    """How many layers to keep, and which.
+
+    Args:
+        count: Number of layers that the student keeps.
+        by: ``even`` spreads them over the depth, first and last included; ``block_influence`` drops the layers that
+            change their input least (ShortGPT, arXiv 2403.03853), measured on the first tokens of the training data.
+    """
+
+    count: int
+    by: Literal["even", "block_influence"] = "block_influence"
+
+
+@dataclass
+class StudentSpec:
+    """The student of a model: exactly one of the two fields is given, or neither to train the model itself.
+
+    Args:
+        keep_layers: Indices of the layers to keep, in order, or a rule that finds them.
+        fresh: Fields of the model's config to change; the student starts from random weights
+            (``{num_hidden_layers: 4, hidden_size: 256}``).
+        calibration_tokens: Tokens of the training data on which block influence is measured.
+    """
+
+    keep_layers: list[int] | LayerChoice | None = None
+    fresh: dict[str, Any] | None = field(default=None)
+    calibration_tokens: int = 4096
+
+    def check(self, config: Any) -> None:
+        """Raise a ValueError for a student that cannot be made of a model.
+
+        Args:
+            config: The large model's ``transformers`` config.
+        """
+        if self.keep_layers is not None and self.fresh is not None:
+            raise ValueError("student: give keep_layers (a part of the model) or fresh (random weights), not both.")
+        layers = config.get_text_config().num_hidden_layers
+        if isinstance(self.keep_layers, LayerChoice) and not 1 <= self.keep_layers.count <= layers:
+            raise ValueError(f"student.keep_layers.count={self.keep_layers.count}: legal are 1 to {layers}, the model's layers.")
+        if isinstance(self.keep_layers, list):
+            wrong = [index for index in self.keep_layers if not 0 <= index < layers]
+            if wrong or not self.keep_layers or sorted(set(self.keep_layers)) != self.keep_layers:
+                raise ValueError(
+                    f"student.keep_layers={self.keep_layers}: legal are rising indices from 0 to {layers - 1}, each once."
+                )
+        for name in self.fresh or {}:
+            if not hasattr(config, name):
+                fields = [key for key in config.to_dict() if not key.startswith("_")]
+                raise ValueError(f"student.fresh has {name!r}, which the model's config has not.{nearest(name, fields)}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :func:`build_student` needs tokens to choose layers by."""
+        return isinstance(self.keep_layers, LayerChoice) and self.keep_layers.by == "block_influence"
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of a causal model's transformer layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(model).__name__} keeps its {count} layers in no ModuleList: keep_layers cannot be used on it.")
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Measure how much each layer changes the residual stream (ShortGPT, arXiv 2403.03853, equation 1).
+
+    Args:
+        model: Causal language model.
+        input_ids: Token ids [batch, length].
+        position_ids: Positions [batch, length] that restart with each packed document.
+
+    Returns:
+        1 - mean cosine similarity of each layer's input and output [layers], float32.
+    """
+    layers = decoder_layers(model)
+    influence = torch.zeros(len(layers))
+    weights = torch.zeros(len(layers))
+
+    def record(index: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            similarity = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            influence[index] += (1 - similarity).sum().cpu()
+            weights[index] += similarity.numel()
+
+        return hook
+
+    handles = [layer.register_forward_hook(record(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    training = model.training
+    try:
+        model.eval()
+        for row in range(len(input_ids)):
+            positions = None if position_ids is None else position_ids[row : row + 1]
+            model.base_model(input_ids=input_ids[row : row + 1], position_ids=positions, use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return influence / weights
+
+
+def choose_layers(model: PreTrainedModel, choice: LayerChoice, influence: Tensor | None = None) -> list[int]:
+    """Return the indices of the layers that a rule keeps, in order.
+
+    Args:
+        model: The large model.
+        choice: The rule.
+        influence: Block influence of each layer [layers], for ``by: block_influence``.
+    """
+    layers = len(decoder_layers(model))
+    if choice.by == "even":
+        last = layers - 1
+        return [int(step * last / max(choice.count - 1, 1) + 0.5) for step in range(choice.count)]
+    assert influence is not None
+    return sorted(influence.argsort(descending=True, stable=True)[: choice.count].tolist())
+
+
+def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[str, Tensor] | None = None) -> PreTrainedModel:
+    """Make the student of a model; the model itself is used up where layers are kept.
+
+    Args:
+        model: The large model.
+        spec: The student.
+        calibration: Batch with ``input_ids`` and ``position_ids`` [batch, length], for block influence.
+
+    Returns:
+        A model of the same class with fewer layers, or a random one of the changed config.
+
+    Raises:
+        ValueError: If the spec does not fit the model, or calibration tokens are missing.
+    """
+    spec.check(model.config)
+    if spec.fresh is not None:
+        fields = {**model.config.to_dict(), **spec.fresh}
+        if "layer_types" not in spec.fresh:
+            fields.pop("layer_types", None)  # the config class makes it anew for the changed depth
+        config = type(model.config).from_dict(fields)
+        return AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    keep = spec.keep_layers
+    if isinstance(keep, LayerChoice):
+        influence = None
+        if spec.needs_calibration:
+            if calibration is None:
+                raise ValueError(
+                    "student.keep_layers.by='block_influence' needs tokens of the training data: fit with a datamodule of "
+                    "this suite, or pass calibration={'input_ids': ...}, or give by='even' or a list."
+                )
+            influence = block_influence(model, calibration["input_ids"], calibration.get("position_ids"))
+        keep = choose_layers(model, keep, influence)
+        log.info("The student keeps the layers %s", keep)
+    if keep is not None:
+        keep_layers(model, keep)
+    return model
+
+
+def keep_layers(model: PreTrainedModel, keep: list[int]) -> None:
+    """Drop all layers of a model but those with the given indices, in place, its config included."""
+    layers = decoder_layers(model)
+    kept = [layers[index] for index in keep]
+    del layers[:]
+    layers.extend(kept)
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # caches are addressed by it
+    config = model.config.get_text_config()
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in keep]
+    config.num_hidden_layers = len(keep)
