@@ -2,5 +2,7 @@
 
 from .export_pretrained import ExportPretrained
 from .soft_label_writer import SoftLabelWriter
+from .text_writer import TextWriter
+from .token_rate import TokenRate
 
-__all__ = ["ExportPretrained", "SoftLabelWriter"]
+__all__ = ["ExportPretrained", "SoftLabelWriter", "TextWriter", "TokenRate"]

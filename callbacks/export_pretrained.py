@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import GenerationConfig
 
 from .. import __version__
+from ..errors import InputError
 from ..modules.files import atomic_folder
 from ..modules.language_model import LanguageModel
 
@@ -29,19 +30,19 @@ class ExportPretrained(Callback):
         best: Also export the best checkpoint.
 
     Raises:
-        ValueError: If ``dtype`` is unknown, or the module is no ``LanguageModel``.
+        InputError: If ``dtype`` is unknown, or the module is no ``LanguageModel``.
     """
 
     def __init__(self, folder: str | None = None, *, dtype: str | None = "bfloat16", best: bool = True) -> None:
         if dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={dtype!r} is unknown. Legal: float32, bfloat16, float16, null.")
+            raise InputError(f"dtype={dtype!r} is unknown. Legal: float32, bfloat16, float16, null.")
         self.folder, self.dtype, self.best = folder, dtype, best
         self.written: list[Path] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that has no ``transformers`` model, before training."""
         if not isinstance(pl_module, LanguageModel):
-            raise ValueError(f"ExportPretrained exports a LanguageModel, not a {type(pl_module).__name__}.")
+            raise InputError(f"ExportPretrained exports a LanguageModel, not a {type(pl_module).__name__}.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folders."""
@@ -57,9 +58,7 @@ class ExportPretrained(Callback):
                     folder = root.with_name(f"{root.name}-best")
                     self._write(trainer, pl_module, folder, checkpoint["state_dict"], checkpoint["global_step"])
 
-    def _write(
-        self, trainer: Trainer, module: LanguageModel, folder: Path, state: dict[str, Any], step: int
-    ) -> None:
+    def _write(self, trainer: Trainer, module: LanguageModel, folder: Path, state: dict[str, Any], step: int) -> None:
         if not trainer.is_global_zero:
             return
         model = module.model
@@ -94,9 +93,7 @@ def model_card(trainer: Trainer, module: LanguageModel, step: int) -> str:
     parameters = sum(parameter.numel() for parameter in module.model.parameters()) if module.model else 0
     settings = {name: value for name, value in module.hparams.items() if not name.startswith("_") and value is not None}
     figures = {
-        name: float(value)
-        for name, value in sorted(trainer.callback_metrics.items())
-        if name.startswith(("val_", "test_"))
+        name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith(("val_", "test_"))
     }
     lines = [
         "---",

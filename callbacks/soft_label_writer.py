@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..datamodules.soft_labels import SoftLabelAppender, StoredSequence, StoreHeader
 from ..datamodules.soft_labels.store import prepare_store, sequence_layout
+from ..errors import InputError
 from ..modules.distillation import SoftLabelTeacher
 from ..modules.distillation.teacher import CapturedLabels
 from ..modules.pretrained import tokenizer_fingerprint
@@ -35,7 +36,7 @@ class SoftLabelWriter(BasePredictionWriter):
         shard_bytes: A new file is begun when one has grown beyond this many bytes.
 
     Raises:
-        ValueError: If a setting is out of range, or the store was made with another teacher or settings (before anything
+        InputError: If a setting is out of range, or the store was made with another teacher or settings (before anything
             is predicted).
     """
 
@@ -49,11 +50,11 @@ class SoftLabelWriter(BasePredictionWriter):
     ) -> None:
         super().__init__(write_interval="batch")
         if tokens not in ("stored", "external"):
-            raise ValueError(f"tokens={tokens!r} is unknown. Legal: stored, external.")
+            raise InputError(f"tokens={tokens!r} is unknown. Legal: stored, external.")
         if not 1 <= compression <= 19:
-            raise ValueError(f"compression={compression} is no level of zstd. Legal: 1 to 19.")
+            raise InputError(f"compression={compression} is no level of zstd. Legal: 1 to 19.")
         if shard_bytes < 1 << 10:
-            raise ValueError(f"shard_bytes={shard_bytes} is too small for a sequence. Legal: 1024 or more.")
+            raise InputError(f"shard_bytes={shard_bytes} is too small for a sequence. Legal: 1024 or more.")
         self.store, self.tokens, self.compression, self.shard_bytes = Path(store), tokens, compression, shard_bytes
         self.captured_tokens = 0
         self._appender: SoftLabelAppender | None = None
@@ -62,7 +63,7 @@ class SoftLabelWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store, and ask the teacher only for what it lacks."""
         if not isinstance(pl_module, SoftLabelTeacher):
-            raise ValueError(f"SoftLabelWriter stores what SoftLabelTeacher predicts, not {type(pl_module).__name__}.")
+            raise InputError(f"SoftLabelWriter stores what SoftLabelTeacher predicts, not {type(pl_module).__name__}.")
         assert pl_module.model is not None
         # Sequences are known by their keys, not by their places in the loader.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
@@ -79,9 +80,7 @@ class SoftLabelWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             prepare_store(self.store, header)
         trainer.strategy.barrier("soft-label store")
-        self._appender = SoftLabelAppender(
-            self.store, header, rank=trainer.global_rank, shard_bytes=self.shard_bytes
-        )
+        self._appender = SoftLabelAppender(self.store, header, rank=trainer.global_rank, shard_bytes=self.shard_bytes)
         pl_module.wanted_rows = self._missing_rows
 
     def _missing_rows(self, batch: dict[str, Any]) -> list[int]:
@@ -89,9 +88,7 @@ class SoftLabelWriter(BasePredictionWriter):
         self._layouts = []
         rows = []
         for row, length in enumerate(batch["lengths"].tolist()):
-            tokens, positions, labels = (
-                batch[name][row, :length].cpu() for name in ("input_ids", "position_ids", "labels")
-            )
+            tokens, positions, labels = (batch[name][row, :length].cpu() for name in ("input_ids", "position_ids", "labels"))
             starts, supervised = sequence_layout(positions, labels)
             key = self._appender.header.key(tokens.numpy(), starts, supervised)
             if key not in self._appender and supervised.any():

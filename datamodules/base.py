@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import InputError
 from ..modules.pretrained import load_tokenizer, resolve_source, tokenizer_fingerprint
 from .loader import EpochSampler, ResumableLoader
 from .packing import collate
@@ -24,15 +25,15 @@ class TokenDataModule(LightningDataModule):
         seed: Seed of the training order.
 
     Raises:
-        ValueError: If a number is out of range or the tokenizer's source is unknown.
+        InputError: If a number is out of range or the tokenizer's source is unknown.
     """
 
     def __init__(self, *, tokenizer: str | None, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} holds no sequence. Legal: 1 or more.")
+            raise InputError(f"batch_size={batch_size} holds no sequence. Legal: 1 or more.")
         if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} is below 0. Legal: 0 or more.")
+            raise InputError(f"num_workers={num_workers} is below 0. Legal: 0 or more.")
         if tokenizer is not None:
             resolve_source(tokenizer)
         self.tokenizer_source = tokenizer
@@ -53,7 +54,7 @@ class TokenDataModule(LightningDataModule):
             elif module is not None and hasattr(module, "tokenizer"):
                 self._tokenizer = module.tokenizer
             else:
-                raise ValueError("tokenizer=None: give a source, or use the data with a model that has a tokenizer.")
+                raise InputError("tokenizer=None: give a source, or use the data with a model that has a tokenizer.")
             if module is not None and hasattr(module, "tokenizer"):
                 self._check_model(module.tokenizer)
         return self._tokenizer
@@ -61,7 +62,7 @@ class TokenDataModule(LightningDataModule):
     def _check_model(self, model_tokenizer: PreTrainedTokenizerBase) -> None:
         assert self._tokenizer is not None
         if tokenizer_fingerprint(model_tokenizer) != tokenizer_fingerprint(self._tokenizer):
-            raise ValueError(
+            raise InputError(
                 f"tokenizer={self.tokenizer_source!r} is not the model's: its ids would mean other words. Leave it out to "
                 "take the model's own."
             )

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..modules.files import nearest
+from ..errors import InputError, nearest
 from .python_docs import python_docs
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".parquet")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that is missing, empty, too short or of the wrong form."""
 
 
@@ -33,7 +33,12 @@ def check_documents(source: str, parameter: str) -> None:
         return
     path = Path(source).expanduser()
     if not path.exists():
-        legal = ["package:python-docs", "hub:owner/name[:split]", f"a file ({', '.join(TEXT_SUFFIXES + ROW_SUFFIXES)})", "a folder"]
+        legal = [
+            "package:python-docs",
+            "hub:owner/name[:split]",
+            f"a file ({', '.join(TEXT_SUFFIXES + ROW_SUFFIXES)})",
+            "a folder",
+        ]
         raise DataError(f"{parameter}={source!r} names no text here.{nearest(source, legal)}")
     files = _files(path)
     if not files:

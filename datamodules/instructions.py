@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..modules.files import nearest
+from ..errors import nearest
 from .base import TokenDataModule
 from .documents import DataError, check_documents, read_rows
 
@@ -31,7 +31,7 @@ class InstructionDataModule(TokenDataModule):
         seed: Seed of the training order.
 
     Raises:
-        ValueError: If a file or column is missing, a number out of range, or the tokenizer has no chat template.
+        InputError: If a file or column is missing, a number out of range, or the tokenizer has no chat template.
     """
 
     def __init__(
@@ -116,7 +116,6 @@ class InstructionDataModule(TokenDataModule):
         if not kept:
             raise DataError(f"{name}: every prompt is longer than max_length={self.max_length} tokens. Raise max_length.")
         return InstructionExamples(kept)
-
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if "labels" in examples[0]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..errors import InputError
+
 
 class EpochSampler(Sampler[int]):
     """Indices of one rank in one epoch.
@@ -113,11 +115,11 @@ class ResumableLoader:
         """Continue behind the last delivered batch.
 
         Raises:
-            ValueError: If the data, the batch size, the seed or the number of processes has changed since.
+            InputError: If the data, the batch size, the seed or the number of processes has changed since.
         """
         for name, value in self._identity().items():
             if state[name] != value:
-                raise ValueError(
+                raise InputError(
                     f"The checkpoint's data order cannot be continued: {name} was {state[name]} and is {value} now. Resume "
                     "with the settings of the run that wrote it."
                 )

@@ -32,7 +32,7 @@ def split_documents(cache: TokenCache, fraction: float) -> tuple[list[Stretch], 
         The documents of the first part and of the second.
     """
     lengths = np.diff(cache.offsets)[cache.order]
-    cut = int(round((1 - fraction) * int(lengths.sum())))
+    cut = round((1 - fraction) * int(lengths.sum()))
     first, second, position = [], [], 0
     for document, length in zip(cache.order.tolist(), lengths.tolist()):
         inside = min(max(cut - position, 0), length)

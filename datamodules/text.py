@@ -33,7 +33,7 @@ class TextDataModule(TokenDataModule):
         seed: Seed of the training order.
 
     Raises:
-        ValueError: If a file is missing, a number out of range, or a text empty or shorter than one block.
+        InputError: If a file is missing, a number out of range, or a text empty or shorter than one block.
     """
 
     def __init__(

@@ -1,11 +1,10 @@
 """Where things are kept and how they are written: the cache folder, and writes that a killed process cannot spoil."""
 
-import difflib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,11 +83,3 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def nearest(name: str, legal: Iterable[str]) -> str:
-    """Return the end of an error message: the legal names closest to ``name`` first, then the rest."""
-    names = list(legal)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"{hint} Legal: {', '.join(names)}."

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import InputError
 from .linear_loss import LossParts, linear_loss, shift_labels
 from .pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source, token_byte_lengths
 from .schedules import WarmupCosine
@@ -42,11 +43,11 @@ class GenerationSettings:
     def kwargs(self) -> dict[str, Any]:
         """Return the arguments for ``transformers``' ``generate``."""
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} writes nothing. Legal: 1 or more.")
+            raise InputError(f"max_new_tokens={self.max_new_tokens} writes nothing. Legal: 1 or more.")
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is below 0. Legal: 0 (greedy) or above.")
+            raise InputError(f"temperature={self.temperature} is below 0. Legal: 0 (greedy) or above.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is no probability mass. Legal: above 0, up to 1.")
+            raise InputError(f"top_p={self.top_p} is no probability mass. Legal: above 0, up to 1.")
         arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
             arguments |= {"temperature": self.temperature, "top_p": self.top_p}
@@ -73,7 +74,7 @@ class LanguageModel(LightningModule):
         generation: How ``predict`` writes text.
 
     Raises:
-        ValueError: If the source is unknown, or the student does not fit it, before weights are read.
+        InputError: If the source is unknown, or the student does not fit it, before weights are read.
 
     Example:
         >>> model = LanguageModel("random:tiny")
@@ -101,7 +102,7 @@ class LanguageModel(LightningModule):
         # Callables and objects would make the checkpoint unreadable with weights_only=True.
         self.remove_ignored_hparams([name for name, value in self.hparams.items() if not _is_plain(value)])
         if loss_chunk_tokens < 1:
-            raise ValueError(f"loss_chunk_tokens={loss_chunk_tokens} holds no token. Legal: 1 or more.")
+            raise InputError(f"loss_chunk_tokens={loss_chunk_tokens} holds no token. Legal: 1 or more.")
         self.source = resolve_source(source)
         self.student = student
         if student is not None:
@@ -268,11 +269,11 @@ class LanguageModel(LightningModule):
         """Build the checkpoint's model, or check that the model at hand is of the same shape.
 
         Raises:
-            ValueError: If it is a checkpoint of another model.
+            InputError: If it is a checkpoint of another model.
         """
         saved = checkpoint.get("fulgurite_config")
         if saved is None:
-            raise ValueError("This checkpoint holds no model config: it was not written by a fulgurite system.")
+            raise InputError("This checkpoint holds no model config: it was not written by a fulgurite system.")
         if self.model is None:
             config = AutoConfig.for_model(saved["model_type"]).from_dict(saved)
             self._adopt(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weights)))
@@ -282,7 +283,7 @@ class LanguageModel(LightningModule):
         wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if wrong:
             name = wrong[0]
-            raise ValueError(
+            raise InputError(
                 f"The checkpoint is of another model: {len(wrong)} of its tensors differ, {name} is {theirs.get(name)} "
                 f"there and {ours.get(name)} in source={self.source.name!r}. Give the source and student of the run "
                 "that wrote it."

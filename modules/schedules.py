@@ -5,6 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..errors import InputError
+
 
 class WarmupCosine(LambdaLR):
     """Linear warm-up from 0, then a half cosine down to a share of the optimizer's learning rate.
@@ -16,16 +18,14 @@ class WarmupCosine(LambdaLR):
         total_steps: Number of optimizer steps of the run; None takes the Trainer's estimate.
 
     Raises:
-        ValueError: If a share is out of range.
+        InputError: If a share is out of range.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, *, warmup: float = 0.1, floor: float = 0.1, total_steps: int | None = None
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, *, warmup: float = 0.1, floor: float = 0.1, total_steps: int | None = None) -> None:
         if not 0 <= warmup < 1:
-            raise ValueError(f"warmup={warmup} is no share of the run. Legal: 0 up to, not including, 1.")
+            raise InputError(f"warmup={warmup} is no share of the run. Legal: 0 up to, not including, 1.")
         if not 0 <= floor <= 1:
-            raise ValueError(f"floor={floor} is no share of the learning rate. Legal: 0 to 1.")
+            raise InputError(f"floor={floor} is no share of the learning rate. Legal: 0 to 1.")
         self.warmup, self.floor, self.total_steps = warmup, floor, total_steps
         super().__init__(optimizer, self._factor)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .files import nearest
+from ..errors import InputError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +43,26 @@ class StudentSpec:
     calibration_tokens: int = 4096
 
     def check(self, config: Any) -> None:
-        """Raise a ValueError for a student that cannot be made of a model.
+        """Raise an InputError for a student that cannot be made of a model.
 
         Args:
             config: The large model's ``transformers`` config.
         """
         if self.keep_layers is not None and self.fresh is not None:
-            raise ValueError("student: give keep_layers (a part of the model) or fresh (random weights), not both.")
+            raise InputError("student: give keep_layers (a part of the model) or fresh (random weights), not both.")
         layers = config.get_text_config().num_hidden_layers
         if isinstance(self.keep_layers, LayerChoice) and not 1 <= self.keep_layers.count <= layers:
-            raise ValueError(f"student.keep_layers.count={self.keep_layers.count}: legal are 1 to {layers}, the model's layers.")
+            raise InputError(f"student.keep_layers.count={self.keep_layers.count}: legal are 1 to {layers}, the model's layers.")
         if isinstance(self.keep_layers, list):
             wrong = [index for index in self.keep_layers if not 0 <= index < layers]
             if wrong or not self.keep_layers or sorted(set(self.keep_layers)) != self.keep_layers:
-                raise ValueError(
+                raise InputError(
                     f"student.keep_layers={self.keep_layers}: legal are rising indices from 0 to {layers - 1}, each once."
                 )
         for name in self.fresh or {}:
             if not hasattr(config, name):
                 fields = [key for key in config.to_dict() if not key.startswith("_")]
-                raise ValueError(f"student.fresh has {name!r}, which the model's config has not.{nearest(name, fields)}")
+                raise InputError(f"student.fresh has {name!r}, which the model's config has not.{nearest(name, fields)}")
 
     @property
     def needs_calibration(self) -> bool:
@@ -76,7 +76,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"{type(model).__name__} keeps its {count} layers in no ModuleList: keep_layers cannot be used on it.")
+    raise InputError(f"{type(model).__name__} keeps its {count} layers in no ModuleList: keep_layers cannot be used on it.")
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
         A model of the same class with fewer layers, or a random one of the changed config.
 
     Raises:
-        ValueError: If the spec does not fit the model, or calibration tokens are missing.
+        InputError: If the spec does not fit the model, or calibration tokens are missing.
     """
     spec.check(model.config)
     if spec.fresh is not None:
@@ -161,7 +161,7 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
         influence = None
         if spec.needs_calibration:
             if calibration is None:
-                raise ValueError(
+                raise InputError(
                     "student.keep_layers.by='block_influence' needs tokens of the training data: fit with a datamodule of "
                     "this suite, or pass calibration={'input_ids': ...}, or give by='even' or a list."
                 )

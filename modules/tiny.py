@@ -5,7 +5,13 @@ It exists so that every config, test and installation can be tried in seconds, w
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 _SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 _CHAT_TEMPLATE = (

@@ -6,8 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
+from ...errors import InputError
 
-class StoreError(ValueError):
+
+class StoreError(InputError):
     """A soft-label store that is missing, damaged, of another format or made for something else."""
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from ...errors import InputError
 from ...modules.pretrained import tokenizer_fingerprint
 from ..base import TokenDataModule
 from ..text import TextDataModule
@@ -74,7 +75,7 @@ class SoftLabelDataModule(TokenDataModule):
         seed: Seed of the training order.
 
     Raises:
-        ValueError: If the store is missing (the message has the command that makes it), damaged, or was made with
+        InputError: If the store is missing (the message has the command that makes it), damaged, or was made with
             another tokenizer or teacher.
     """
 
@@ -94,7 +95,7 @@ class SoftLabelDataModule(TokenDataModule):
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
         if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} is no share of the store. Legal: 0 up to, not including, 1.")
+            raise InputError(f"val_fraction={val_fraction} is no share of the store. Legal: 0 up to, not including, 1.")
         for name, folder in (("store", store), ("val_store", val_store)):
             if folder is not None and not (Path(folder) / "header.json").is_file():
                 raise StoreError(
@@ -174,4 +175,8 @@ class SoftLabelDataModule(TokenDataModule):
     def hashes(self) -> dict[str, str]:
         """Return the fingerprints of the store's teacher and of the tokenizer."""
         assert self.store is not None
-        return {**super().hashes(), "teacher": self.store.header.teacher_fingerprint, "store": self.store.content_hash()}
+        return {
+            **super().hashes(),
+            "teacher": self.store.header.teacher_fingerprint,
+            "store": self.store.content_hash(),
+        }

@@ -222,7 +222,9 @@ class SoftLabelAppender:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise StoreError(f"{self.folder} is being written to by another process. Wait for it, or use another folder.") from None
+            raise StoreError(
+                f"{self.folder} is being written to by another process. Wait for it, or use another folder."
+            ) from None
         self._keys = set(SoftLabelStore(self.folder).keys)
         self._journal_path = self.folder / f"journal-{rank:05d}.jsonl"
         self._recover()

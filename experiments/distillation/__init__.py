@@ -1,0 +1,1 @@
+"""Configs, benchmark scripts and committed results of distillation."""

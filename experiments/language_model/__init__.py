@@ -1,0 +1,1 @@
+"""Configs for plain training and fine-tuning."""

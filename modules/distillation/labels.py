@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...errors import InputError
+
 Selection = Literal["fixed", "adaptive", "full"]
 
 # Rows whose threshold is not reached within this many labels are selected again by a full sort.
@@ -31,23 +33,23 @@ class LabelSettings:
     temperature: float = 1.0
 
     def check(self, vocabulary: int | None = None) -> None:
-        """Raise a ValueError that names the setting which is out of range.
+        """Raise an InputError that names the setting which is out of range.
 
         Args:
             vocabulary: Size of the teacher's vocabulary, where it is known already.
         """
         if self.selection not in ("fixed", "adaptive", "full"):
-            raise ValueError(f"selection={self.selection!r} is unknown. Legal: fixed, adaptive, full.")
+            raise InputError(f"selection={self.selection!r} is unknown. Legal: fixed, adaptive, full.")
         if self.selection == "fixed" and self.k is None:
-            raise ValueError("k=None is no number of labels: selection='fixed' needs k >= 1; 'adaptive' takes no cap.")
+            raise InputError("k=None is no number of labels: selection='fixed' needs k >= 1; 'adaptive' takes no cap.")
         if self.k is not None and self.k < 1:
-            raise ValueError(f"k={self.k} keeps no label. Legal: 1 up to the vocabulary's size.")
+            raise InputError(f"k={self.k} keeps no label. Legal: 1 up to the vocabulary's size.")
         if self.k is not None and vocabulary is not None and self.k > vocabulary:
-            raise ValueError(f"k={self.k} is larger than the teacher's vocabulary. Legal: 1 to {vocabulary}.")
+            raise InputError(f"k={self.k} is larger than the teacher's vocabulary. Legal: 1 to {vocabulary}.")
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} is no probability mass. Legal: above 0, up to 1.")
+            raise InputError(f"threshold={self.threshold} is no probability mass. Legal: above 0, up to 1.")
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0; 1 leaves the distribution as it is.")
+            raise InputError(f"temperature={self.temperature} must be above 0; 1 leaves the distribution as it is.")
 
 
 @dataclass
@@ -133,7 +135,10 @@ def select_labels(
     settings.check(weight.shape[0])
     hidden_states = hidden_states.to(weight.dtype)
     buffer = torch.empty(
-        min(chunk_tokens, len(labels)), min(chunk_vocabulary, weight.shape[0]), device=weight.device, dtype=torch.float32
+        min(chunk_tokens, len(labels)),
+        min(chunk_vocabulary, weight.shape[0]),
+        device=weight.device,
+        dtype=torch.float32,
     )
     look = min(settings.k or weight.shape[0], _FIRST_LOOK if settings.selection == "adaptive" else weight.shape[0])
     parts = [
@@ -200,7 +205,12 @@ def _select_chunk(
     if not short.any():
         return selected
     again = _select_chunk(
-        hidden_states[short], weight, labels[short], settings, buffer, min(8 * look, settings.k or vocabulary, vocabulary)
+        hidden_states[short],
+        weight,
+        labels[short],
+        settings,
+        buffer,
+        min(8 * look, settings.k or vocabulary, vocabulary),
     )
     rows = torch.arange(tokens, device=weight.device)
     order = torch.cat([rows[~short], rows[short]]).argsort()

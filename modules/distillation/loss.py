@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .labels import SoftLabels
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -15,7 +16,7 @@ _TINY = 1e-7  # below this, 1 - sum(q) is rounding noise in float32
 
 
 def check_divergence(divergence: str, remainder: str) -> None:
-    """Raise a ValueError for a name that is unknown or a pair that has no finite value.
+    """Raise an InputError for a name that is unknown or a pair that has no finite value.
 
     Args:
         divergence: ``forward_kl``, ``reverse_kl`` or ``jensen_shannon``.
@@ -26,9 +27,9 @@ def check_divergence(divergence: str, remainder: str) -> None:
         ("remainder", remainder, ("tail_bucket", "renormalize")),
     ):
         if value not in legal:
-            raise ValueError(f"{name}={value!r} is unknown. Legal: {', '.join(legal)}.")
+            raise InputError(f"{name}={value!r} is unknown. Legal: {', '.join(legal)}.")
     if divergence == "reverse_kl" and remainder == "renormalize":
-        raise ValueError(
+        raise InputError(
             "divergence='reverse_kl' is infinite with remainder='renormalize', which gives every token that was not kept "
             "the probability 0. Use remainder='tail_bucket', or forward_kl or jensen_shannon."
         )

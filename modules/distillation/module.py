@@ -1,12 +1,11 @@
 """Distillation of a student from a teacher's stored or online soft labels."""
 
-from typing import Any
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from ...errors import InputError
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, SoftTargets, linear_loss, shift_labels
 from ..pretrained import Dtype, head_weight, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
@@ -45,7 +44,7 @@ class SoftLabelDistillation(LanguageModel):
         generation: How ``predict`` writes text.
 
     Raises:
-        ValueError: If a name is unknown, a number out of range, or the teacher has another tokenizer.
+        InputError: If a name is unknown, a number out of range, or the teacher has another tokenizer.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class SoftLabelDistillation(LanguageModel):
     ) -> None:
         check_divergence(divergence, remainder)
         if not 0 <= soft_weight <= 1:
-            raise ValueError(f"soft_weight={soft_weight} is no share of the loss. Legal: 0 to 1.")
+            raise InputError(f"soft_weight={soft_weight} is no share of the loss. Legal: 0 to 1.")
         selection.check()
         super().__init__(
             source,
@@ -99,7 +98,7 @@ class SoftLabelDistillation(LanguageModel):
         if self.teacher_source is not None and not self._teacher:
             name = self.teacher_source.name
             if tokenizer_fingerprint(load_tokenizer(name)) != tokenizer_fingerprint(self.tokenizer):
-                raise ValueError(
+                raise InputError(
                     f"teacher={name!r} has another tokenizer than source={self.source.name!r}: their vocabularies cannot "
                     "be compared token by token. Give a teacher with the student's tokenizer."
                 )
@@ -144,11 +143,11 @@ class SoftLabelDistillation(LanguageModel):
         """Refuse to train on a loss whose half would be missing.
 
         Raises:
-            ValueError: If neither the data nor an online teacher gives soft labels.
+            InputError: If neither the data nor an online teacher gives soft labels.
         """
         stored = getattr(getattr(self.trainer, "datamodule", None), "has_soft_labels", None)
         if self.teacher_source is None and stored is False:
-            raise ValueError(
+            raise InputError(
                 "Distillation needs soft labels: use --data SoftLabelDataModule with a store, or name an online teacher "
                 "with --model.teacher."
             )

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...errors import InputError
 from ..linear_loss import shift_labels
 from ..pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, model_fingerprint, resolve_source
 from .labels import LabelSettings, SoftLabels, select_labels
@@ -39,7 +40,7 @@ class SoftLabelTeacher(LightningModule):
         attn_implementation: Attention function of ``transformers``; its own choice when None.
 
     Raises:
-        ValueError: If the source is unknown or the selection does not fit its vocabulary, before weights are read.
+        InputError: If the source is unknown or the selection does not fit its vocabulary, before weights are read.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class SoftLabelTeacher(LightningModule):
         super().__init__()
         self.source = resolve_source(source)
         if selection.selection == "full":
-            raise ValueError("selection='full' is never stored: use 'fixed' or 'adaptive', or an online teacher.")
+            raise InputError("selection='full' is never stored: use 'fixed' or 'adaptive', or an online teacher.")
         selection.check()
         selection.check(load_config(source).get_text_config().vocab_size)
         self.selection = selection
@@ -101,9 +102,7 @@ class SoftLabelTeacher(LightningModule):
 @torch.no_grad()
 def teacher_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     """Return a teacher's final hidden states of a batch's supervised tokens [tokens, hidden size]."""
-    states = model.base_model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).last_hidden_state
+    states = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
     return states[shift_labels(batch["labels"]) != -100]
 
 

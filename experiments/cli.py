@@ -1,0 +1,168 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with run folders and checkpoints that are not confused."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+# Imported so that a bare class name is enough on the command line and in configs.
+from .. import callbacks, datamodules, modules  # noqa: F401
+from ..errors import InputError
+from ..modules.files import write_atomic, write_json
+from .configs import resolve_config
+from .environment import environment
+from .runs import DEFAULTS, flag_values, new_run_name, resolve_last
+
+# A resumed run may differ in these: they change how the same numbers are computed, or what is done with them.
+_FREE_TO_CHANGE = {"compile", "gradient_checkpointing", "loss_chunk_tokens", "attn_implementation", "generation"}
+log = logging.getLogger("fulgurite")
+_RUN_VARIABLE = "FULGURITE_RUN"  # processes that the launcher starts take the first one's run
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes the resolved config and ``environment.json`` into the run's folder; a continued run gets numbered ones."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, *, command: list[str]) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.command = command
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write both files."""
+        folder = Path(trainer.default_root_dir)
+        number = len(list(folder.glob("config*.yaml")))
+        suffix = f"-{number}" if number else ""
+        write_atomic(folder / f"config{suffix}.yaml", self.parser.dump(self.config, skip_none=False))
+        datamodule = getattr(trainer, "datamodule", None)
+        hashes = datamodule.hashes() if hasattr(datamodule, "hashes") else {}
+        record = environment(seed=self.config.get("seed_everything"), data=hashes, command=self.command)
+        write_json(folder / f"environment{suffix}.json", record)
+
+
+class FulguriteCLI(LightningCLI):
+    """LightningCLI with one folder a run: ``<runs_folder>/<experiment>/<run>``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that name the run's folder."""
+        parser.add_argument("--runs_folder", default=DEFAULTS["runs_folder"], help="Folder of all runs.")
+        parser.add_argument("--experiment", default=DEFAULTS["experiment"], help="Folder of this kind of run, in runs_folder.")
+        parser.add_argument("--run", type=str | None, default=None, help="Name of the run; null takes the time.")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            # All predictions of a long capture would not fit into memory; writers store them batch by batch.
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def before_instantiate_classes(self) -> None:
+        """Count tokens in every run."""
+        self.token_rate = callbacks.TokenRate()
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a command line that contradicts the checkpoint; LightningCLI would silently follow the checkpoint."""
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if not path:
+            return
+        if path in ("best", "hpc", "registry"):
+            raise InputError(f"--ckpt_path {path}: a new process has no such checkpoint. Legal: last, or a file.")
+        if not Path(path).is_file():
+            raise InputError(f"--ckpt_path {path!r} is no file. Legal: last, or a checkpoint file.")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+        parser = self._parser(self.config.subcommand)
+        given = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
+        differences = []
+        if saved.get("_class_path", given["class_path"]) != given["class_path"]:
+            differences.append(f"model is {saved['_class_path']} there, {given['class_path']} here")
+        free = _FREE_TO_CHANGE | (set() if self.config.subcommand == "fit" else {"optimizer", "lr_scheduler"})
+        for name, value in given.get("init_args", {}).items():
+            if name in saved and name not in free and saved[name] != value:
+                differences.append(f"model.{name} is {saved[name]!r} there, {value!r} here")
+        if differences:
+            raise InputError(
+                f"The command line contradicts the checkpoint {path}: {'; '.join(differences)}. Give the checkpoint's values "
+                "(leave out -c to take its run's config), or start a new run without --ckpt_path."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer, with the run's folder and TensorBoard unless the config names a logger."""
+        config = self.config[self.config.subcommand]
+        name = config.get("run") or os.environ.setdefault(_RUN_VARIABLE, new_run_name())
+        folder = Path(config["runs_folder"]) / config["experiment"] / name
+        config["run"] = name
+        kwargs["default_root_dir"] = str(folder)
+        settings = self._get(self.config_init, "trainer", default={})
+        if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
+            kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
+        if self.subcommand == "fit" and not config.get("ckpt_path") and (folder / "config.yaml").exists():
+            raise InputError(
+                f"--run {name!r}: {folder} holds a run already and is left as it is. Go on with it by --ckpt_path last, or "
+                "give another name."
+            )
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(self.token_rate)
+        return trainer
+
+    def after_fit(self) -> None:
+        """Say what came out and where it is."""
+        figures = {name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val_")}
+        if self.trainer.is_global_zero:
+            log.info("Run folder: %s", self.trainer.default_root_dir)
+            log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in sorted(figures.items())))
+
+
+def run(words: list[str]) -> FulguriteCLI:
+    """Run a command in this process; a command may be run after another.
+
+    Args:
+        words: ``fit``, ``validate``, ``test`` or ``predict`` with its options.
+
+    Returns:
+        The command line's object, with its trainer, model and data.
+
+    Raises:
+        InputError: If a config, run or checkpoint is not there or contradicts the command line.
+    """
+    words = list(words)
+    for place, name in flag_values(words, "-c", "--config"):
+        path = resolve_config(name)
+        if "=" in words[place]:
+            words[place] = f"--config={path}"
+        else:
+            words[place + 1] = path
+    words = resolve_last(words)
+    set_parsing_settings(add_print_completion_argument=True, docstring_parse_attribute_docstrings=True)
+    os.environ.pop(_RUN_VARIABLE, None) if "LOCAL_RANK" not in os.environ else None
+    return FulguriteCLI(
+        save_config_callback=RunRecord,
+        save_config_kwargs={"command": words},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        args=words,
+    )
+
+
+def quiet() -> None:
+    """Show our own messages, and leave out advertisements and warnings that no user can act on."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightning.addFilter(lambda record: "Tip:" not in record.getMessage())
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*is not supported by the model summary.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(words: list[str]) -> None:
+    """Run a command of the shell."""
+    quiet()
+    sys.argv[1:] = []  # LightningCLI warns of words in both places
+    run(words)

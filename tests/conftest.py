@@ -1,0 +1,58 @@
+import os
+import tempfile
+
+import pytest
+
+# Before any test imports transformers: nothing is fetched, and the user's cache is left alone.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("FULGURITE_CACHE", tempfile.mkdtemp(prefix="fulgurite-cache-"))
+
+WORDS = [
+    "sand",
+    "glass",
+    "lightning",
+    "melts",
+    "into",
+    "a",
+    "hollow",
+    "branch",
+    "of",
+    "small",
+    "hard",
+    "tubes",
+    "where",
+    "the",
+    "strike",
+    "found",
+    "its",
+    "way",
+    "down",
+]
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Text with some structure, the same for the same arguments."""
+    state = seed * 7919 + 1
+    chosen = []
+    for _ in range(words):
+        state = (state * 1103515245 + 12345) % 2**31
+        chosen.append(WORDS[state // 65536 % len(WORDS)])
+    return " ".join(chosen)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A file of about 12 thousand bytes, which are as many tokens of ``random:tiny``."""
+    path = tmp_path / "text.txt"
+    path.write_text(prose(2200))
+    return path
+
+
+@pytest.fixture
+def documents_file(tmp_path):
+    """Forty documents of different lengths, one a row."""
+    import json
+
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": prose(5 + 7 * n % 60, n)}) + "\n" for n in range(40)))
+    return path
