@@ -103,4 +103,4 @@ def _title(path: str) -> str:
 
 if __name__ == "__main__":
     quiet()
-    auto_cli(closeness)
+    auto_cli(closeness, as_positional=False)
