@@ -1,5 +1,6 @@
 """What the suite's data modules share: tokenizer, loaders, and the hashes that results quote."""
 
+import os
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ class TokenDataModule(LightningDataModule):
         tokenizer: Source of the tokenizer; None takes the model's own.
         batch_size: Sequences a batch on each device.
         num_workers: Processes that read ahead; 0 reads in the training process.
-        seed: Seed of the training order.
+        seed: Seed of the training order; None takes that of the run (``seed_everything``), or 0 without one.
 
     Raises:
         InputError: If a number is out of range or the tokenizer's source is unknown.
     """
 
-    def __init__(self, *, tokenizer: str | None, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(self, *, tokenizer: str | None, batch_size: int, num_workers: int, seed: int | None) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} holds no sequence. Legal: 1 or more.")
@@ -37,7 +38,8 @@ class TokenDataModule(LightningDataModule):
         if tokenizer is not None:
             resolve_source(tokenizer)
         self.tokenizer_source = tokenizer
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
         self.predict_set: Dataset | None = None

@@ -28,7 +28,7 @@ class InstructionDataModule(TokenDataModule):
         batch_size: Rows a batch on each device.
         tokenizer: Source of the tokenizer; None takes the model's own.
         num_workers: Processes that read ahead; 0 reads in the training process.
-        seed: Seed of the training order.
+        seed: Seed of the training order; None takes that of the run (``seed_everything``), or 0 without one.
 
     Raises:
         InputError: If a file or column is missing, a number out of range, or the tokenizer has no chat template.
@@ -46,7 +46,7 @@ class InstructionDataModule(TokenDataModule):
         batch_size: int = 4,
         tokenizer: str | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
         for name, source in (("train", train), ("val", val)):

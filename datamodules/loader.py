@@ -40,7 +40,8 @@ class EpochSampler(Sampler[int]):
             order = torch.randperm(self.size, generator=generator)
         else:
             order = torch.arange(self.size)
-        return iter(order[self.rank : self.used : self.world_size].tolist()[self.skip :])
+        skip, self.skip = self.skip, 0  # for one iteration; a DataLoader without workers asks only at its first batch
+        return iter(order[self.rank : self.used : self.world_size].tolist()[skip:])
 
     def __len__(self) -> int:
         return len(range(self.rank, self.used, self.world_size))
@@ -92,9 +93,7 @@ class ResumableLoader:
         # A generator: Lightning asks for an iterator before it sets the epoch, and for a second one later.
         self._delivered, self._resume_at = self._resume_at, 0
         self.sampler.skip = self._delivered * self.batch_size
-        iterator = iter(self._loader)
-        self.sampler.skip = 0
-        for batch in iterator:
+        for batch in self._loader:
             self._delivered += 1
             yield batch
 

@@ -30,7 +30,7 @@ class TextDataModule(TokenDataModule):
         text_field: Column that holds the text in JSONL, Parquet and hub data.
         tokenizer: Source of the tokenizer; None takes the model's own.
         num_workers: Processes that read ahead; 0 reads in the training process.
-        seed: Seed of the training order.
+        seed: Seed of the training order; None takes that of the run (``seed_everything``), or 0 without one.
 
     Raises:
         InputError: If a file is missing, a number out of range, or a text empty or shorter than one block.
@@ -52,7 +52,7 @@ class TextDataModule(TokenDataModule):
         text_field: str = "text",
         tokenizer: str | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
         check_documents(train, "train")

@@ -266,7 +266,7 @@ class LanguageModel(LightningModule):
             checkpoint["fulgurite_config"] = json.loads(self.model.config.to_json_string(use_diff=False))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the checkpoint's model, or check that the model at hand is of the same shape.
+        """Check that the model at hand is of the checkpoint's shape; ``load_from_checkpoint`` builds the checkpoint's own.
 
         Raises:
             InputError: If it is a checkpoint of another model.
@@ -274,7 +274,7 @@ class LanguageModel(LightningModule):
         saved = checkpoint.get("fulgurite_config")
         if saved is None:
             raise InputError("This checkpoint holds no model config: it was not written by a fulgurite system.")
-        if self.model is None:
+        if self.model is None or self._trainer is None:
             config = AutoConfig.for_model(saved["model_type"]).from_dict(saved)
             self._adopt(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weights)))
             return

@@ -5,29 +5,11 @@ import pytest
 
 # Before any test imports transformers: nothing is fetched, and the user's cache is left alone.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models gain nothing from threads, and lose much where two processes spin on the same cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("FULGURITE_CACHE", tempfile.mkdtemp(prefix="fulgurite-cache-"))
 
-WORDS = [
-    "sand",
-    "glass",
-    "lightning",
-    "melts",
-    "into",
-    "a",
-    "hollow",
-    "branch",
-    "of",
-    "small",
-    "hard",
-    "tubes",
-    "where",
-    "the",
-    "strike",
-    "found",
-    "its",
-    "way",
-    "down",
-]
+WORDS = "sand glass lightning melts into a hollow branch of small hard tubes where the strike went down".split()  # noqa: SIM905
 
 
 def prose(words: int, seed: int = 0) -> str:

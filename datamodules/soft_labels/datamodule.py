@@ -72,7 +72,7 @@ class SoftLabelDataModule(TokenDataModule):
         batch_size: Sequences a batch on each device.
         tokenizer: Source of the tokenizer; None takes the model's own.
         num_workers: Processes that read ahead; 0 reads in the training process.
-        seed: Seed of the training order.
+        seed: Seed of the training order; None takes that of the run (``seed_everything``), or 0 without one.
 
     Raises:
         InputError: If the store is missing (the message has the command that makes it), damaged, or was made with
@@ -91,7 +91,7 @@ class SoftLabelDataModule(TokenDataModule):
         batch_size: int = 2,
         tokenizer: str | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
         if not 0 <= val_fraction < 1:

@@ -126,9 +126,9 @@ def test_padding_of_ragged_labels_changes_nothing():
             for given_labels in (SoftLabels(ids, kept, tail, tail), padded)
         ]
         assert torch.isfinite(values[0].loss)
-        assert torch.equal(values[0].loss, values[1].loss)
+        assert torch.allclose(values[0].loss, values[1].loss, atol=1e-6)
         for one, other in zip(*(gradients(value.loss, states, weight) for value in values)):
-            assert torch.equal(one, other)
+            assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_keeping_everything_equals_the_full_vocabulary():

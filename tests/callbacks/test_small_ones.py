@@ -1,0 +1,33 @@
+import json
+
+import torch
+from fulgurite.callbacks import TextWriter, TokenRate
+from fulgurite.datamodules import TextDataModule
+from fulgurite.modules import LanguageModel
+from fulgurite.modules.language_model import GenerationSettings
+from lightning.pytorch import Trainer
+
+
+def trainer(folder, *callbacks, **settings):
+    return Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=folder, callbacks=list(callbacks), **settings
+    )
+
+
+def test_text_writer_keeps_every_prompt(tmp_path, text_file):
+    model = LanguageModel("random:tiny", generation=GenerationSettings(max_new_tokens=3, prompt_tokens=8))
+    data = TextDataModule(str(text_file), block_size=64, batch_size=4, predict_split="val", val_fraction=0.1)
+    trainer(tmp_path, TextWriter()).predict(model, data, return_predictions=False)
+    rows = [json.loads(line) for line in (tmp_path / "text-0.jsonl").read_text().splitlines()]
+    assert len(rows) == len(data.val_set)
+    assert all(len(row["prompt"]) == 8 for row in rows)
+
+
+def test_token_rate_counts_training_tokens(tmp_path, text_file):
+    rate = TokenRate()
+    model = LanguageModel("random:tiny", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    run = trainer(tmp_path, rate, max_steps=6)
+    run.fit(model, TextDataModule(str(text_file), block_size=64, batch_size=2))
+    assert rate.tokens == 6 * 2 * 64
+    assert rate.seconds > 0
+    assert "tokens_per_second" in run.callback_metrics

@@ -1,0 +1,177 @@
+import io
+import json
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+import yaml
+from fulgurite.errors import InputError
+from fulgurite.experiments.cli import run
+from fulgurite.experiments.configs import packaged_configs
+from lightning.pytorch import Callback
+
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def inputs(tmp_path, text_file):
+    """Words that point each packaged config at the tiny model and at small data."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": str(n)}) + "\n" for n in range(40)))
+    capture = ["predict", "-c", "distillation/capture", "--model.source=random:tiny", f"--data.train={text_file}"]
+    run([*capture, "--data.block_size=64", "--trainer.callbacks.store=labels", *QUIET])
+    text = [f"--data.train={text_file}", "--data.block_size=64"]
+    student = ["--model.student.keep_layers.count=2"]
+    return {
+        "distillation/capture": [*text, "--trainer.callbacks.store=others"],
+        "distillation/student": [*student, "--data.store=labels"],
+        "distillation/online": [*student, *text, "--model.teacher=random:tiny"],
+        "language_model/finetune": text,
+        "language_model/instruct": [f"--data.train={rows}"],
+    }
+
+
+def test_every_packaged_config_runs(inputs):
+    assert inputs.keys() == packaged_configs().keys()
+    for name, words in inputs.items():
+        command = "predict" if name.endswith("capture") else "fit"
+        cli = run([command, "-c", name, "--model.source=random:tiny", "--trainer.fast_dev_run=true", *words, *QUIET])
+        assert cli.trainer.num_val_batches or command == "predict"
+        assert cli.trainer.return_predictions is False if command == "predict" else True
+
+
+class Losses(Callback):
+    """Keeps the losses of a run."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(float(outputs["loss"]))
+
+
+def fit(words, monkeypatch=None, stop_at=None):
+    return run(["fit", "-c", "distillation/student", "--model.source=random:tiny", *words, *QUIET])
+
+
+CALLBACKS = "--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 7, save_last: true}}]"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [7, 21, 84])  # within the first epoch (45 steps), and in the second
+def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(inputs, stop, workers):
+    words = [*inputs["distillation/student"], CALLBACKS, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2"]
+    words += [f"--data.num_workers={workers}", "--data.batch_size=2", "--model.lr_scheduler.total_steps=100"]
+    whole = fit([*words, "--run=whole"])
+    fit([*words, "--run=parts", f"--trainer.max_steps={stop}"])
+    resumed = run(
+        ["fit", "--experiment=distillation-student", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=-1", *QUIET]
+    )
+    assert resumed.trainer.global_step == whole.trainer.global_step > stop
+    for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(one, two), name
+    for name, value in whole.trainer.callback_metrics.items():
+        if name != "tokens_per_second":
+            assert torch.equal(value, resumed.trainer.callback_metrics[name]), name
+
+
+def test_run_folder_holds_the_record(inputs, tmp_path):
+    cli = fit([*inputs["distillation/student"], "--run=mine", "--seed_everything=3"])
+    folder = tmp_path / "runs" / "distillation-student" / "mine"
+    assert cli.trainer.default_root_dir == "runs/distillation-student/mine"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "environment.json", "checkpoints", "export"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    record = json.loads((folder / "environment.json").read_text())
+    assert record["seed"] == 3
+    assert {"tokenizer", "teacher", "store"} <= record["data"].keys()
+    assert record["packages"]["lightning"]
+    assert "--run=mine" in record["command"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["source"] == "random:tiny"
+
+
+def test_same_command_twice_gives_the_same_numbers(inputs):
+    runs = [fit([*inputs["distillation/student"], f"--run={name}"]) for name in ("a", "b")]
+    figures = [{n: float(v) for n, v in cli.trainer.callback_metrics.items() if n != "tokens_per_second"} for cli in runs]
+    assert figures[0] == figures[1]
+    other = fit([*inputs["distillation/student"], "--run=c", "--seed_everything=1"])
+    assert float(other.trainer.callback_metrics["val_loss"]) != figures[0]["val_loss"]
+
+
+def test_existing_run_is_left_as_it_is(inputs):
+    fit([*inputs["distillation/student"], "--run=mine"])
+    with pytest.raises(InputError, match="'mine'.*holds a run already"):
+        fit([*inputs["distillation/student"], "--run=mine"])
+
+
+def test_command_line_that_contradicts_the_checkpoint_is_refused(inputs):
+    fit([*inputs["distillation/student"], "--run=mine"])
+    with pytest.raises(InputError, match=r"model\.soft_weight is 0\.5 there, 0\.9 here"):
+        fit([*inputs["distillation/student"], "--run=mine", "--ckpt_path=last", "--model.soft_weight=0.9"])
+    words = ["validate", "-c", "distillation/student", "--model.source=random:tiny", *inputs["distillation/student"], *QUIET]
+    checkpoint = "runs/distillation-student/mine/checkpoints/last.ckpt"
+    with pytest.raises(InputError, match=r"model\.divergence"):
+        run([*words, f"--ckpt_path={checkpoint}", "--model.divergence=reverse_kl"])
+    validated = run([*words, f"--ckpt_path={checkpoint}", "--model.optimizer.lr=1.0", "--run=v"])
+    assert "val_kl" in validated.trainer.callback_metrics
+
+
+def test_missing_checkpoints_are_refused(inputs):
+    with pytest.raises(InputError, match=r"no checkpoint in runs/distillation-student"):
+        fit([*inputs["distillation/student"], "--ckpt_path=last"])
+    with pytest.raises(InputError, match=r"'none\.ckpt' is no file"):
+        fit([*inputs["distillation/student"], "--ckpt_path=none.ckpt"])
+
+
+def test_checkpoint_of_the_command_line_loads_in_plain_python(inputs):
+    from fulgurite.modules import SoftLabelDistillation
+
+    cli = fit([*inputs["distillation/student"], "--run=mine"])
+    path = "runs/distillation-student/mine/checkpoints/last.ckpt"
+    loaded = SoftLabelDistillation.load_from_checkpoint(path, weights_only=True)
+    for name, tensor in cli.model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_missing_store_prints_the_capture_command():
+    with pytest.raises(InputError, match="fulgurite predict -c distillation/capture"):
+        fit(["--data.store=none"])
+
+
+def parsers():
+    """Return the parsers of fit and predict with the classes' own parameters."""
+    import fulgurite.experiments.cli as module
+    from fulgurite import callbacks, datamodules, modules
+
+    return [getattr(package, name) for package in (callbacks, datamodules, modules) for name in package.__all__], module
+
+
+def test_every_argument_of_every_public_class_has_a_help_text():
+    import inspect
+
+    from jsonargparse import ArgumentParser
+
+    classes, _ = parsers()
+    checked = 0
+    for kind in classes:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(kind, "it", skip={"optimizer"} if kind.__name__ == "WarmupCosine" else set())
+        names = [name for name in inspect.signature(kind).parameters if (kind.__name__, name) != ("WarmupCosine", "optimizer")]
+        helps = {action.dest: action.help for action in parser._actions}
+        for name in names:
+            text = helps.get(f"it.{name}")
+            assert text, f"{kind.__name__}.{name} has no help text"
+            assert len(text) > 15, f"{kind.__name__}.{name}: {text!r}"
+            checked += 1
+        buffer = io.StringIO()
+        with redirect_stdout(buffer):
+            parser.print_help()
+        for name, parameter in inspect.signature(kind).parameters.items():
+            if name in names and parameter.default is not inspect.Parameter.empty:
+                assert "default: " in buffer.getvalue()
+    assert checked > 60

@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+from fulgurite.datamodules import TextDataModule
+from fulgurite.errors import InputError
+from fulgurite.modules import LanguageModel, SoftLabelDistillation, WarmupCosine
+from fulgurite.modules.language_model import GenerationSettings
+from fulgurite.modules.student import LayerChoice, StudentSpec
+from lightning.pytorch import Trainer, seed_everything
+
+
+def trainer(folder, **settings):
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=folder, **{**quiet, "max_epochs": 1, **settings})
+
+
+def build(**settings):
+    return LanguageModel("random:tiny", optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True}, {"lr_scheduler": WarmupCosine}],
+)
+def test_training_lowers_the_loss(tmp_path, text_file, settings):
+    seed_everything(0)
+    model = build(**settings)
+    run = trainer(tmp_path, accumulate_grad_batches=2, precision="bf16-mixed", max_epochs=3)
+    run.fit(model, TextDataModule(str(text_file), block_size=64, batch_size=8))
+    figures = run.callback_metrics
+    assert figures["val_loss"] < 4.0 < math.log(259)
+    assert float(figures["val_perplexity"]) == pytest.approx(math.exp(figures["val_loss"]), rel=1e-4)
+    # Every token of the byte tokenizer is one byte, but for the ends of documents.
+    assert float(figures["val_bits_per_byte"]) == pytest.approx(float(figures["val_loss"]) / math.log(2), rel=0.05)
+
+
+def test_validation_equals_transformers_own_loss(tmp_path, text_file):
+    model = build()
+    data = TextDataModule(str(text_file), block_size=64, batch_size=4, append_eos=False, val_fraction=0.2)
+    figures = trainer(tmp_path).validate(model, data, verbose=False)[0]
+    losses = []
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            for row in range(len(batch["input_ids"])):
+                ids = batch["input_ids"][row : row + 1]
+                losses.append(model.model(input_ids=ids, labels=ids, use_cache=False).loss)
+    assert figures["val_loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, SoftLabelDistillation])
+def test_checkpoint_of_plain_python_loads_with_weights_only(tmp_path, text_file, kind):
+    model = kind("random:tiny", student=StudentSpec(LayerChoice(2)), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    run = trainer(tmp_path, max_steps=2)
+    if kind is SoftLabelDistillation:
+        model.on_fit_start = lambda: None  # hard labels only
+    run.fit(model, TextDataModule(str(text_file), block_size=64))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert loaded.model.config.num_hidden_layers == 2
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path, text_file):
+    data = {"block_size": 64}
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(build(), TextDataModule(str(text_file), **data))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.raises(InputError, match=r"checkpoint is of another model.*layers\.2"):
+        trainer(tmp_path, max_steps=2).fit(
+            build(student=StudentSpec([0, 1])), TextDataModule(str(text_file), **data), ckpt_path=tmp_path / "model.ckpt"
+        )
+
+
+def test_predict_writes_text(tmp_path, text_file):
+    model = build(generation=GenerationSettings(max_new_tokens=5, prompt_tokens=10))
+    data = TextDataModule(str(text_file), block_size=64, batch_size=3, predict_split="val", val_fraction=0.2)
+    rows = [row for batch in trainer(tmp_path).predict(model, data) for row in batch]
+    assert len(rows) == len(data.val_set)
+    assert len(rows[0]["prompt"]) == 10
+    assert all(isinstance(row["text"], str) for row in rows)
+
+
+def test_left_padded_prompts_are_answered_as_alone():
+    model = build(generation=GenerationSettings(max_new_tokens=6))
+    model.configure_model()
+    model.model.eval()
+    prompts = ["sand", "lightning strikes"]
+    ids = [torch.tensor(model.tokenizer(prompt).input_ids) for prompt in prompts]
+    longest = max(map(len, ids))
+    padded = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in ids])
+    together = model.predict_step({"input_ids": padded, "attention_mask": (padded != 0).long()}, 0)
+    alone = [model.predict_step({"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}, 0)[0] for row in ids]
+    assert together == alone
+    assert [row["prompt"] for row in together] == prompts
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_loss(tmp_path, text_file):
+    losses = []
+    for compiled in (False, True):
+        seed_everything(0)
+        run = trainer(tmp_path, max_steps=3)
+        run.fit(build(compile=compiled), TextDataModule(str(text_file), block_size=64))
+        losses.append(float(run.callback_metrics["train_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_chunk_tokens": 0}, "loss_chunk_tokens=0"),
+        ({"generation": GenerationSettings(max_new_tokens=0)}, "max_new_tokens=0"),
+        ({"generation": GenerationSettings(temperature=-1)}, "temperature=-1"),
+        ({"generation": GenerationSettings(top_p=0)}, "top_p=0"),
+        ({"student": StudentSpec([9])}, r"keep_layers=\[9\]"),
+    ],
+)
+def test_bad_settings_are_refused_before_weights_are_read(settings, message):
+    with pytest.raises(InputError, match=message):
+        build(**settings)
