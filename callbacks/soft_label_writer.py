@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ..datamodules.soft_labels import SoftLabelAppender, StoredSequence, StoreHeader
@@ -20,6 +21,8 @@ from ..modules.distillation.teacher import CapturedLabels
 from ..modules.pretrained import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
+
+_MASS_BINS = np.linspace(0, 1, 51)
 
 
 class SoftLabelWriter(BasePredictionWriter):
@@ -57,8 +60,8 @@ class SoftLabelWriter(BasePredictionWriter):
             raise InputError(f"shard_bytes={shard_bytes} is too small for a sequence. Legal: 1024 or more.")
         self.store, self.tokens, self.compression, self.shard_bytes = Path(store), tokens, compression, shard_bytes
         self.captured_tokens = 0
+        self._mass_kept = np.zeros(len(_MASS_BINS) - 1, dtype=np.int64)
         self._appender: SoftLabelAppender | None = None
-        self._keys: list[bytes] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store, and ask the teacher only for what it lacks."""
@@ -85,16 +88,8 @@ class SoftLabelWriter(BasePredictionWriter):
 
     def _missing_rows(self, batch: dict[str, Any]) -> list[int]:
         assert self._appender is not None
-        self._layouts = []
-        rows = []
-        for row, length in enumerate(batch["lengths"].tolist()):
-            tokens, positions, labels = (batch[name][row, :length].cpu() for name in ("input_ids", "position_ids", "labels"))
-            starts, supervised = sequence_layout(positions, labels)
-            key = self._appender.header.key(tokens.numpy(), starts, supervised)
-            if key not in self._appender and supervised.any():
-                rows.append(row)
-                self._layouts.append((key, tokens.numpy(), starts, supervised))
-        return rows
+        keys = [sequence_key(self._appender.header, batch, row)[0] for row in range(len(batch["lengths"]))]
+        return [row for row, key in enumerate(keys) if key not in self._appender]
 
     def write_on_batch_end(
         self,
@@ -110,29 +105,26 @@ class SoftLabelWriter(BasePredictionWriter):
         if prediction is None:
             return
         assert self._appender is not None
-        labels = prediction.labels.to(torch.device("cpu"))
-        sequences, begin = [], 0
-        for (key, tokens, starts, supervised), count in zip(self._layouts, prediction.tokens_per_row):
-            part = labels.where(slice(begin, begin + count))
-            begin += count
-            kept = part.ids >= 0
-            sequence = StoredSequence(
-                tokens=tokens if self.tokens == "stored" else np.empty(0, dtype=np.uint32),
-                starts=starts,
-                supervised=supervised,
-                counts=part.counts.numpy(),
-                ids=part.ids[kept].numpy(),
-                probabilities=_bits(part.probabilities[kept]),
-                tail=_bits(part.tail),
-                realised=_bits(part.realised),
-            )
-            sequences.append((key, sequence))
-            self.captured_tokens += count
-        self._appender.append(sequences)
+        self._appender.append(to_sequences(self._appender.header, batch, prediction))
+        self.captured_tokens += sum(prediction.tokens_per_row)
+        kept = 1 - prediction.labels.tail.float().cpu().numpy()
+        self._mass_kept += np.histogram(kept, bins=_MASS_BINS)[0]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the store."""
+        """Close the store, and draw how much of the teacher's mass was kept."""
         self._close()
+        if isinstance(trainer.logger, TensorBoardLogger) and self._mass_kept.any():
+            middles = (_MASS_BINS[1:] + _MASS_BINS[:-1]) / 2
+            trainer.logger.experiment.add_histogram_raw(
+                "labels/mass_kept",
+                min=float(_MASS_BINS[0]),
+                max=float(_MASS_BINS[-1]),
+                num=int(self._mass_kept.sum()),
+                sum=float((self._mass_kept * middles).sum()),
+                sum_squares=float((self._mass_kept * middles**2).sum()),
+                bucket_limits=_MASS_BINS[1:].tolist(),
+                bucket_counts=self._mass_kept.tolist(),
+            )
         log.info("Soft labels are in %s (this process labelled %d tokens)", self.store, self.captured_tokens)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -143,6 +135,49 @@ class SoftLabelWriter(BasePredictionWriter):
         if self._appender is not None:
             self._appender.close()
             self._appender = None
+
+
+def sequence_key(header: StoreHeader, batch: dict[str, Any], row: int) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
+    """Return a row's key, tokens [length], starts of its pieces and mask of supervised tokens [length].
+
+    Args:
+        header: What the labels are made with.
+        batch: Batch of a data module, with ``lengths``.
+        row: Index of the row.
+    """
+    length = int(batch["lengths"][row])
+    tokens, positions, labels = (batch[name][row, :length].cpu() for name in ("input_ids", "position_ids", "labels"))
+    layout = sequence_layout(positions, labels)
+    return header.key(tokens.numpy(), *layout), tokens.numpy(), *layout
+
+
+def to_sequences(header: StoreHeader, batch: dict[str, Any], prediction: CapturedLabels) -> list[tuple[bytes, StoredSequence]]:
+    """Return the captured rows of a batch as keys and sequences to append.
+
+    Args:
+        header: What the labels are made with.
+        batch: The batch that was predicted on.
+        prediction: What the teacher said of it.
+    """
+    labels = prediction.labels.to(torch.device("cpu"))
+    sequences, begin = [], 0
+    for row, count in zip(prediction.rows, prediction.tokens_per_row):
+        part = labels.where(slice(begin, begin + count))
+        begin += count
+        kept = part.ids >= 0
+        key, tokens, starts, supervised = sequence_key(header, batch, row)
+        sequence = StoredSequence(
+            tokens=tokens if header.tokens == "stored" else np.empty(0, dtype=np.uint32),
+            starts=starts,
+            supervised=supervised,
+            counts=part.counts.numpy(),
+            ids=part.ids[kept].numpy(),
+            probabilities=_bits(part.probabilities[kept]),
+            tail=_bits(part.tail),
+            realised=_bits(part.realised),
+        )
+        sequences.append((key, sequence))
+    return sequences
 
 
 def _bits(values: Tensor) -> np.ndarray:

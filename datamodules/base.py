@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -51,19 +50,18 @@ class TokenDataModule(LightningDataModule):
         """The tokenizer named, else the model's own."""
         if self._tokenizer is None:
             module = None if self.trainer is None else self.trainer.lightning_module
-            if self.tokenizer_source is not None:
-                self._tokenizer = load_tokenizer(self.tokenizer_source)
-            elif module is not None and hasattr(module, "tokenizer"):
-                self._tokenizer = module.tokenizer
-            else:
+            models: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
+            own = None if self.tokenizer_source is None else load_tokenizer(self.tokenizer_source)
+            if own is None and models is None:
                 raise InputError("tokenizer=None: give a source, or use the data with a model that has a tokenizer.")
-            if module is not None and hasattr(module, "tokenizer"):
-                self._check_model(module.tokenizer)
+            if own is not None and models is not None:
+                self._check_tokenizers(own, models)
+            self._tokenizer = own or models
+        assert self._tokenizer is not None
         return self._tokenizer
 
-    def _check_model(self, model_tokenizer: PreTrainedTokenizerBase) -> None:
-        assert self._tokenizer is not None
-        if tokenizer_fingerprint(model_tokenizer) != tokenizer_fingerprint(self._tokenizer):
+    def _check_tokenizers(self, own: PreTrainedTokenizerBase, models: PreTrainedTokenizerBase) -> None:
+        if tokenizer_fingerprint(models) != tokenizer_fingerprint(own):
             raise InputError(
                 f"tokenizer={self.tokenizer_source!r} is not the model's: its ids would mean other words. Leave it out to "
                 "take the model's own."
@@ -128,6 +126,7 @@ class TokenDataModule(LightningDataModule):
         return self._loader(self.predict_set, training=False)
 
 
-def supervised(example: dict[str, Any]) -> torch.Tensor:
-    """Return which tokens [length] have a successor to predict, as a mask."""
-    return torch.nn.functional.pad(example["labels"][1:], (0, 1), value=-100) != -100
+def data_hashes(trainer: Trainer) -> dict[str, str]:
+    """Return the hashes of a Trainer's data; none for data modules of others."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return datamodule.hashes() if isinstance(datamodule, TokenDataModule) else {}

@@ -101,11 +101,12 @@ class InstructionDataModule(TokenDataModule):
     def _ids(self, prompt: str, response: str | None = None) -> tuple[list[int], list[int]]:
         """Return the ids of the rendered prompt, and of what follows it in the rendered conversation."""
         messages = [{"role": "user", "content": prompt}]
-        head = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        head = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         head_ids = self.tokenizer(head, add_special_tokens=False).input_ids
         if response is None:
             return head_ids, []
-        whole = self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
+        answered = [*messages, {"role": "assistant", "content": response}]
+        whole = str(self.tokenizer.apply_chat_template(answered, tokenize=False))
         if not whole.startswith(head):
             raise DataError("The chat template renders a prompt differently once it is answered: responses cannot be told apart.")
         return head_ids, self.tokenizer(whole[len(head) :], add_special_tokens=False).input_ids

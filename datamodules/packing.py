@@ -111,7 +111,7 @@ class PackedBlocks(Dataset):
             tokens = self.cache.document(document)[start:stop]
             ids[filled : filled + len(tokens)] = tokens
             filled += len(tokens)
-            if len(tokens) < stop - start:  # the piece holds its document's end
+            if self.eos is not None and len(tokens) < stop - start:  # the piece holds its document's end
                 ids[filled] = self.eos
                 filled += 1
             positions[begin:filled] = np.arange(filled - begin)

@@ -1,5 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with run folders and checkpoints that are not confused."""
 
+import importlib
 import logging
 import os
 import sys
@@ -9,17 +10,19 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 # Imported so that a bare class name is enough on the command line and in configs.
 from .. import callbacks, datamodules, modules  # noqa: F401
+from ..datamodules.base import data_hashes
 from ..errors import InputError
 from ..modules.files import write_atomic, write_json
 from .configs import resolve_config
 from .environment import environment
+from .main import COMMANDS
 from .runs import DEFAULTS, flag_values, new_run_name, resolve_last
 
 # A resumed run may differ in these: they change how the same numbers are computed, or what is done with them.
@@ -40,15 +43,27 @@ class RunRecord(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         number = len(list(folder.glob("config*.yaml")))
         suffix = f"-{number}" if number else ""
-        write_atomic(folder / f"config{suffix}.yaml", self.parser.dump(self.config, skip_none=False))
-        datamodule = getattr(trainer, "datamodule", None)
-        hashes = datamodule.hashes() if hasattr(datamodule, "hashes") else {}
-        record = environment(seed=self.config.get("seed_everything"), data=hashes, command=self.command)
+        write_atomic(folder / f"config{suffix}.yaml", self.parser.dump(self.config, skip_unset=False))
+        record = environment(seed=self.config.get("seed_everything"), data=data_hashes(trainer), command=self.command)
         write_json(folder / f"environment{suffix}.json", record)
+
+
+def other_parsers() -> dict[str, ArgumentParser]:
+    """Return parsers of the commands that the dispatcher answers itself, so that the shell completes them too."""
+    parsers = {name: ArgumentParser() for name, (module, _) in COMMANDS.items() if module != "cli"}
+    parsers["configs"].add_argument("--copy", help="Name of a config and a folder.")
+    parsers["report"].add_argument("--write", action="store_true", help="Fill the tables of the documents.")
+    parsers["labels"].add_argument("action", choices=["stats", "verify"], help="What to do with the store.")
+    for name in ("generate", "demo"):
+        module = importlib.import_module(f".{name}", __package__)
+        parsers[name].add_function_arguments(getattr(module, name))
+    return parsers
 
 
 class FulguriteCLI(LightningCLI):
     """LightningCLI with one folder a run: ``<runs_folder>/<experiment>/<run>``."""
+
+    completing = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that name the run's folder."""
@@ -79,7 +94,7 @@ class FulguriteCLI(LightningCLI):
             raise InputError(f"--ckpt_path {path!r} is no file. Legal: last, or a checkpoint file.")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
         parser = self._parser(self.config.subcommand)
-        given = yaml.safe_load(parser.dump(config, skip_none=False))["model"]
+        given = yaml.safe_load(parser.dump(config, skip_unset=False))["model"]
         differences = []
         if saved.get("_class_path", given["class_path"]) != given["class_path"]:
             differences.append(f"model is {saved['_class_path']} there, {given['class_path']} here")
@@ -109,8 +124,26 @@ class FulguriteCLI(LightningCLI):
                 "give another name."
             )
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(self.token_rate)
+        trainer.callbacks.append(self.token_rate)  # type: ignore[attr-defined]
         return trainer
+
+    def instantiate_classes(self) -> None:
+        """Instantiate everything; what our classes say of bad input is not wrapped into the parser's own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None or cause is error:
+                raise
+            raise cause from None
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        if self.completing and parser._subcommands_action is not None:
+            for name, other in other_parsers().items():
+                parser._subcommands_action.add_subcommand(name, other, help=COMMANDS[name][1])
 
     def after_fit(self) -> None:
         """Say what came out and where it is."""
@@ -142,7 +175,9 @@ def run(words: list[str]) -> FulguriteCLI:
     words = resolve_last(words)
     set_parsing_settings(add_print_completion_argument=True, docstring_parse_attribute_docstrings=True)
     os.environ.pop(_RUN_VARIABLE, None) if "LOCAL_RANK" not in os.environ else None
+    FulguriteCLI.completing = words[0].startswith("--print_completion")
     return FulguriteCLI(
+        parser_kwargs={"prog": "fulgurite"},
         save_config_callback=RunRecord,
         save_config_kwargs={"command": words},
         seed_everything_default=0,

@@ -115,7 +115,7 @@ def _train(root: Path, name: str, weight: float, source: str, layers: int, store
     noted = folder / "trained.json"
     words = ["fit", "-c", "distillation/student", "--model.source", source, f"--model.student.keep_layers.count={layers}"]
     words += [f"--model.soft_weight={weight}", f"--data.store={store}", "--data.val_fraction=0", *common, "--run", name]
-    words += ["--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 10}}, ExportPretrained]"]
+    words += ["--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 20}}, ExportPretrained]"]
     if not noted.is_file():
         if list(folder.glob("checkpoints/*.ckpt")):
             words.append("--ckpt_path=last")

@@ -71,7 +71,7 @@ def continue_text(
     if inputs.input_ids.shape[1] == 0:
         raise InputError("prompt is empty. Give at least one character to go on with.")
     torch.manual_seed(seed)
-    written = model.generate(
+    written = model.generate(  # type: ignore[operator]
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,

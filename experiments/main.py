@@ -31,7 +31,7 @@ def usage() -> str:
         "options:\n"
         "  --help    this text; `fulgurite COMMAND --help` for a command's options\n"
         "  --version\n"
-        "  --print_completion {bash,zsh,tcsh}  a script that completes commands and options\n\n"
+        "  --print_completion shtab-{bash,zsh,fish,tcsh}  a script that completes commands and options\n\n"
         "examples:\n"
         "  fulgurite configs\n"
         "  fulgurite fit -c distillation/student --data.store runs/labels\n"

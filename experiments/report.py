@@ -62,8 +62,8 @@ def table(name: str) -> str:
         lines.append("| " + " | ".join([row, *cells]) + " |")
     environment = results[0]["environment"]
     where = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['threads']} threads"
-    seeds = max(map(len, rows.values()))
-    spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else ""
+    count = max(len(seeds) for seeds in rows.values())
+    spread = f"Mean ± standard deviation over {count} seeds. " if count > 1 else ""
     lines += ["", f"{spread}{results[0]['note']} Measured on {where}; commit {environment['commit'][:10]}."]
     return "\n".join(lines) + "\n"
 

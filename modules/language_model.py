@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
@@ -119,9 +119,8 @@ class LanguageModel(LightningModule):
         self.model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._byte_lengths: Tensor | None = None
-        self.metrics = torch.nn.ModuleDict(
-            {"loss": MeanMetric(), "tokens": SumMetric(), "bytes": SumMetric()}  # of validation or test
-        )
+        # Of validation or test.
+        self.mean_loss, self.token_count, self.byte_count = MeanMetric(), SumMetric(), SumMetric()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,6 +132,10 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         """Load the weights, and make the student of them."""
         if self.model is not None:
+            return
+        if self._trainer is None and self.student is not None and self.student.needs_calibration:
+            # load_from_checkpoint asks too early, and brings the student's config itself.
+            log.info("The student is made when a Trainer brings data to choose its layers by, or a checkpoint is loaded.")
             return
         model = load_model(self.source.name, self.weights, attn_implementation=self.attn_implementation)
         if self.student is not None:
@@ -207,18 +210,19 @@ class LanguageModel(LightningModule):
         targets = shift_labels(batch["labels"])
         if self._byte_lengths is None:
             self._byte_lengths = token_byte_lengths(self.tokenizer).to(targets.device)
-        self.metrics["loss"].update(parts.hard, parts.tokens)
-        self.metrics["tokens"].update(parts.tokens)
-        self.metrics["bytes"].update(self._byte_lengths[targets[targets != -100]].sum())
+        self.mean_loss.update(parts.hard, parts.tokens)
+        self.token_count.update(parts.tokens)
+        self.byte_count.update(self._byte_lengths[targets[targets != -100]].sum())
         return parts
 
     def _log_evaluation(self, stage: str) -> None:
-        loss, tokens, size = (float(self.metrics[name].compute()) for name in ("loss", "tokens", "bytes"))
+        loss, tokens, size = (float(metric.compute()) for metric in (self.mean_loss, self.token_count, self.byte_count))
         self.log(f"{stage}_loss", loss, prog_bar=True)
         self.log(f"{stage}_perplexity", math.exp(min(loss, 700.0)))
         self.log(f"{stage}_bits_per_byte", loss * tokens / max(size, 1) / math.log(2))
-        for metric in self.metrics.values():
-            metric.reset()
+        for module in self.children():
+            if isinstance(module, Metric):
+                module.reset()
 
     @torch.no_grad()
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
@@ -237,7 +241,7 @@ class LanguageModel(LightningModule):
         if mask is None:
             prompts = prompts[:, : self.generation.prompt_tokens]
             mask = torch.ones_like(prompts)
-        written = self.model.generate(
+        written = self.model.generate(  # type: ignore[operator]
             input_ids=prompts,
             attention_mask=mask,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,

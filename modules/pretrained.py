@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from transformers import (
@@ -36,6 +36,7 @@ from .tiny import tiny_model, tiny_tokenizer
 
 log = logging.getLogger(__name__)
 
+Loaded = TypeVar("Loaded")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -194,7 +195,7 @@ def _dequantised(parts: tuple[Path, ...], title: str, licence: str | None) -> Pa
     return target
 
 
-def _reach(source: ModelSource, load: Callable[[], object]) -> object:
+def _reach(source: ModelSource, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
     except OSError as error:
@@ -220,7 +221,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     resolved = resolve_source(source)
     if resolved.name == "random:tiny":
         return tiny_tokenizer()
-    return _reach(resolved, lambda: AutoTokenizer.from_pretrained(resolved.folder()))  # type: ignore[return-value]
+    return _reach(resolved, lambda: AutoTokenizer.from_pretrained(resolved.folder()))
 
 
 def load_model(source: str, dtype: Dtype = "float32", *, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -238,7 +239,7 @@ def load_model(source: str, dtype: Dtype = "float32", *, attn_implementation: st
     if resolved.name == "random:tiny":
         model = tiny_model().to(getattr(torch, dtype))
     else:
-        model = _reach(  # type: ignore[assignment]
+        model = _reach(
             resolved,
             lambda: AutoModelForCausalLM.from_pretrained(
                 resolved.folder(), dtype=getattr(torch, dtype), attn_implementation=attn_implementation
@@ -257,7 +258,7 @@ def load_config(source: str):
 
 
 def _check_sizes(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
         raise SourceError(
             f"source={source!r}: the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows. "
@@ -279,7 +280,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     Returns:
         int64 tensor [vocabulary size].
     """
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_tokens)
     spaced = any("▁" in token for token in tokens)  # SentencePiece writes a space as ▁, byte-level BPE as Ġ
     lengths = []

@@ -182,7 +182,7 @@ def keep_layers(model: PreTrainedModel, keep: list[int]) -> None:
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # caches are addressed by it
+                module.layer_idx = index  # type: ignore[assignment]  # caches are addressed by it
     config = model.config.get_text_config()
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in keep]

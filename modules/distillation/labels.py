@@ -87,8 +87,9 @@ class SoftLabels:
         return self._map(lambda part: part[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "SoftLabels":
-        parts = (self.ids, self.probabilities, self.tail, self.realised)
-        return SoftLabels(*map(change, parts), temperature=self.temperature)
+        return SoftLabels(
+            change(self.ids), change(self.probabilities), change(self.tail), change(self.realised), self.temperature
+        )
 
     @staticmethod
     def concatenate(parts: "list[SoftLabels]") -> "SoftLabels":

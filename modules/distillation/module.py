@@ -90,8 +90,7 @@ class SoftLabelDistillation(LanguageModel):
         self.remainder: Remainder = remainder
         self.teacher_weights: Dtype = teacher_weights
         self._teacher: list[PreTrainedModel] = []  # in a list: no part of checkpoints, of DDP or of the optimizer
-        self.metrics["kl"] = MeanMetric()
-        self.metrics["agreement"] = MeanMetric()
+        self.mean_kl, self.mean_agreement = MeanMetric(), MeanMetric()
 
     def configure_model(self) -> None:
         """Load the student, and the online teacher where one is named."""
@@ -115,7 +114,7 @@ class SoftLabelDistillation(LanguageModel):
             return None
         teacher = self._teacher[0]
         if teacher.device != self.device:
-            self._teacher[0] = teacher = teacher.to(self.device)
+            self._teacher[0] = teacher = teacher.to(self.device)  # type: ignore[arg-type]
         if self.selection.selection == "full":
             return FullVocabularyTargets(
                 teacher_states(teacher, batch), head_weight(teacher), self.divergence, self.selection.temperature
@@ -159,12 +158,12 @@ class SoftLabelDistillation(LanguageModel):
     def _evaluate(self, batch: Batch) -> LossParts:
         parts = super()._evaluate(batch)
         if "soft_labels" in batch or self._teacher:
-            self.metrics["kl"].update(parts.soft, parts.tokens)
-            self.metrics["agreement"].update(parts.agreement, parts.tokens)
+            self.mean_kl.update(parts.soft, parts.tokens)
+            self.mean_agreement.update(parts.agreement, parts.tokens)
         return parts
 
     def _log_evaluation(self, stage: str) -> None:
-        if self.metrics["kl"].update_called:
-            self.log(f"{stage}_kl", self.metrics["kl"].compute())
-            self.log(f"{stage}_agreement", self.metrics["agreement"].compute())
+        if self.mean_kl.update_called:
+            self.log(f"{stage}_kl", self.mean_kl.compute())
+            self.log(f"{stage}_agreement", self.mean_agreement.compute())
         super()._log_evaluation(stage)

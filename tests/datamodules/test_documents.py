@@ -16,9 +16,8 @@ def test_text_jsonl_parquet_and_folders_give_the_same_documents(tmp_path):
     (tmp_path / "a" / "picture.png").write_bytes(b"no text")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "  "]))
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "c.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "c.parquet")
     for source in ("a", "b.jsonl", "c.parquet"):
         check_documents(str(tmp_path / source), "train")
         assert list(read_documents(str(tmp_path / source))) == texts

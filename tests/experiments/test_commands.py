@@ -8,6 +8,11 @@ from fulgurite.experiments.main import COMMANDS, main
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 
 
+def fulgurite(*words):
+    code = "from fulgurite.experiments.main import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+
+
 @pytest.fixture
 def model(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
@@ -65,20 +70,13 @@ def test_labels_stats_and_verify(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "configs"])
 def test_every_command_has_a_help(command):
-    done = subprocess.run(
-        [sys.executable, "-m", "fulgurite.experiments.main", command, "--help"], capture_output=True, text=True, timeout=120
-    )
+    done = fulgurite(command, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()
 
 
 def test_shell_completion_knows_commands_and_options():
-    done = subprocess.run(
-        [sys.executable, "-m", "fulgurite.experiments.main", "--print_completion", "bash"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = fulgurite("--print_completion", "shtab-bash")
     assert done.returncode == 0, done.stderr
     for word in ("fit", "generate", "--ckpt_path", "--model"):
         assert word in done.stdout

@@ -9,12 +9,6 @@ from fulgurite.experiments.configs import packaged_configs, resolve_config, summ
 from fulgurite.experiments.main import COMMANDS, main
 
 
-def fulgurite(*words, **settings):
-    return subprocess.run(
-        [sys.executable, "-m", "fulgurite.experiments.main", *words], capture_output=True, text=True, timeout=120, **settings
-    )
-
-
 @pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["configs"]])
 def test_small_questions_import_nothing_heavy(words):
     code = (
@@ -39,7 +33,7 @@ def test_unknown_command_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["tarin"])
     assert caught.value.code == 2
-    assert "'tarin' is no command. Did you mean 'train'" not in capsys.readouterr().err
+    assert "'tarin' is no command. Legal: fit, validate" in capsys.readouterr().err
 
 
 def test_every_packaged_config_has_a_comment_line():

@@ -1,0 +1,247 @@
+"""Speed and memory of capture, of the loss and of training from a store. Writes one result file a row.
+
+    python -m fulgurite.experiments.distillation.speed [--only capture,training,memory]
+
+Every pair that is compared runs in turns in one process on the same batches; the figures are medians, the ratios medians of the
+ratios of neighbours.
+"""
+
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from rich.progress import track
+
+from ...callbacks.soft_label_writer import to_sequences
+from ...datamodules import SoftLabelDataModule, TextDataModule
+from ...datamodules.soft_labels import SoftLabelAppender, SoftLabelStore, StoreHeader
+from ...modules import SoftLabelDistillation, SoftLabelTeacher
+from ...modules.distillation import LabelSettings
+from ...modules.files import write_json
+from ...modules.linear_loss import linear_loss
+from ...modules.pretrained import tokenizer_fingerprint
+from ...modules.student import StudentSpec
+from ..environment import environment
+
+SOURCE = "package:smollm2-135m-instruct"
+RESULTS = Path(__file__).parent / "results"
+BLOCK, BATCH = 512, 2
+
+
+def pairs(first: Callable[[], None], second: Callable[[], None], rounds: int, what: str) -> tuple[float, float, float]:
+    """Time two functions in turns, after one call of each that is not counted.
+
+    Returns:
+        Median seconds of the first, of the second, and the median of first / second.
+    """
+    times: list[list[float]] = [[], []]
+    for step in track(range(2 * (rounds + 1)), description=what):
+        begin = time.perf_counter()
+        (first, second)[step % 2]()
+        times[step % 2].append(time.perf_counter() - begin)
+    one, two = (seconds[1:] for seconds in times)
+    return statistics.median(one), statistics.median(two), statistics.median(a / b for a, b in zip(one, two))
+
+
+def batches(count: int) -> list[dict[str, Any]]:
+    """Return the first training batches of the embedded text."""
+    data = TextDataModule(
+        tokenizer=SOURCE, block_size=BLOCK, batch_size=BATCH, train_tokens=BLOCK * BATCH * count, val_fraction=0
+    )
+    data.prepare_data()
+    data.setup()
+    return list(data.train_dataloader())
+
+
+def capture(rounds: int) -> list[tuple[str, dict[str, Any]]]:
+    """Labelling and writing a batch against a bare forward pass of the same model."""
+    teacher = SoftLabelTeacher(SOURCE)
+    teacher.configure_model()
+    model = teacher.model
+    assert model is not None
+    given = batches(4)
+    with tempfile.TemporaryDirectory() as folder:
+        appender = SoftLabelAppender(Path(folder) / "store", _header(teacher))
+        turn = [0]
+
+        def label() -> None:
+            batch = given[turn[0] % len(given)]
+            turn[0] += 1
+            # A first document of its own makes every batch a new one to the store.
+            batch = {**batch, "input_ids": batch["input_ids"].clone()}
+            batch["input_ids"][:, 0] = turn[0]
+            prediction = teacher.predict_step(batch, 0)
+            assert prediction is not None
+            appender.append(to_sequences(appender.header, batch, prediction))
+
+        @torch.inference_mode()
+        def bare() -> None:
+            batch = given[turn[0] % len(given)]
+            model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+
+        seconds, reference, ratio = pairs(label, bare, rounds, "capture")
+        appender.close()
+    tokens = BLOCK * BATCH
+    figures = {"tokens/s": tokens / seconds, "peer": "bare model(**batch)", "peer's tokens/s": tokens / reference}
+    return [("capture, 50 labels", {**figures, "speed against the peer": 1 / ratio})]
+
+
+def _header(teacher: SoftLabelTeacher) -> StoreHeader:
+    assert teacher.model is not None
+    return StoreHeader(
+        teacher=teacher.source.title,
+        teacher_fingerprint=teacher.fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(teacher.tokenizer),
+        vocabulary=teacher.model.config.vocab_size,
+        settings=teacher.selection,
+        weights=teacher.weights,
+    )
+
+
+def training(rounds: int) -> list[tuple[str, dict[str, Any]]]:
+    """A training step on stored labels against hard labels through transformers' loss, and against an online teacher."""
+    teacher = SoftLabelTeacher(SOURCE)
+    teacher.configure_model()
+    given = batches(4)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store_folder = Path(folder) / "store"
+        appender = SoftLabelAppender(store_folder, _header(teacher))
+        for batch in given:
+            prediction = teacher.predict_step(batch, 0)
+            assert prediction is not None
+            appender.append(to_sequences(appender.header, batch, prediction))
+        appender.close()
+        del teacher
+        data = SoftLabelDataModule(str(store_folder), val_fraction=0, tokenizer=SOURCE, batch_size=BATCH)
+        data.setup()
+        decode = _median(lambda: [SoftLabelStore.example(data.store, key) for key in data.store.keys[:BATCH]], 5)  # type: ignore[union-attr,arg-type]
+        stored = list(data.train_dataloader())
+        # A student of 22 layers as in the demo; and one with an eighth of the teacher's 134.5 M parameters, head included.
+        small = {"hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 6}
+        specs = {
+            "22 of 30 layers": StudentSpec([*range(20), 28, 29]),
+            "an eighth of the teacher": StudentSpec(fresh={**small, "num_key_value_heads": 3, "head_dim": 48}),
+        }
+        for name, spec in specs.items():
+            student = SoftLabelDistillation(SOURCE, student=spec, teacher=SOURCE, selection=LabelSettings(selection="full"))
+            student.configure_model()
+            tokens, turn = BLOCK * BATCH, [0]
+            optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+
+            def step(loss: Callable[[dict[str, Any]], torch.Tensor], source: list[dict[str, Any]]) -> None:
+                batch = source[turn[0] % len(source)]  # noqa: B023
+                turn[0] += 1  # noqa: B023
+                with torch.autocast("cpu", torch.bfloat16):
+                    value = loss(batch)
+                value.backward()
+                optimizer.step()  # noqa: B023
+                optimizer.zero_grad()  # noqa: B023
+
+            def ours(batch: dict[str, Any]) -> torch.Tensor:
+                return student.loss_parts(batch).loss  # noqa: B023
+
+            def theirs(batch: dict[str, Any]) -> torch.Tensor:
+                inputs = {key: batch[key] for key in ("input_ids", "labels", "position_ids")}
+                return student.model(**inputs, use_cache=False).loss  # type: ignore[misc]  # noqa: B023
+
+            from_store, hard, ratio = pairs(
+                lambda: step(ours, stored), lambda: step(theirs, given), rounds, f"{name}: stored, hard"
+            )
+            peer = {"tokens/s": tokens / from_store, "peer": "hard labels, transformers' loss", "peer's tokens/s": tokens / hard}
+            parameters = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+            row = f"training on stored labels, {name} ({parameters:.0f} M)"
+            rows.append((row, {**peer, "speed against the peer": 1 / ratio}))
+            online, from_store, ratio = pairs(
+                lambda: step(ours, given), lambda: step(ours, stored), rounds, f"{name}: online, stored"
+            )
+            peer = {"tokens/s": tokens / from_store, "peer": "online teacher, full KL", "peer's tokens/s": tokens / online}
+            rows.append((row + ", again", {**peer, "speed against the peer": ratio}))
+            share = decode / from_store
+            rows.append((f"reading and decoding labels, {name}", {"tokens/s": tokens / decode, "share of the step": share}))
+    return rows
+
+
+def _median(function: Callable[[], Any], rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
+
+
+def _resident() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    raise OSError("VmRSS is not reported here")
+
+
+def extra_memory(function: Callable[[], Any]) -> int:
+    """Return by how many bytes the process grew at most while a function ran, sampled every half millisecond."""
+    stop, peak, base = threading.Event(), [0], _resident()
+
+    def watch() -> None:
+        while not stop.is_set():
+            peak[0] = max(peak[0], _resident())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    function()
+    stop.set()
+    thread.join()
+    return max(peak[0] - base, 0)
+
+
+def memory(rounds: int) -> list[tuple[str, dict[str, Any]]]:
+    """Peak extra memory of forward and backward of the loss at T = 1024, V = 49152, against full logits."""
+    tokens, hidden, vocabulary = 1024, 576, 49152
+    states = torch.randn(tokens, hidden, requires_grad=True)
+    weight = (torch.randn(vocabulary, hidden) * 0.02).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,))
+    weight.grad, states.grad = torch.zeros_like(weight), torch.zeros_like(states)  # both forms add to what is there
+
+    def ours() -> None:
+        linear_loss(states, weight, labels).loss.backward()
+
+    def full() -> None:
+        torch.nn.functional.cross_entropy((states @ weight.t()).float(), labels).backward()
+
+    rows = []
+    for precision in ("float32", "bf16-mixed"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+            one = max(extra_memory(ours) for _ in range(rounds))
+            other = max(extra_memory(full) for _ in range(rounds))
+        figures = {"peak extra MiB": one / 2**20, "with full logits": other / 2**20, "share": one / other}
+        rows.append((f"loss, 1024 tokens, 49152 words, {precision}", figures))
+    return rows
+
+
+def speed(*, only: str = "capture,training,memory", rounds: int = 7, results: str = str(RESULTS)) -> None:
+    """Measure and write the results.
+
+    Args:
+        only: Parts to measure, separated by commas.
+        rounds: Timed turns of each.
+        results: Folder for the result files.
+    """
+    torch.manual_seed(0)
+    note = f"Batches of {BATCH} blocks of {BLOCK} tokens of package:python-docs, SmolLM2-135M; medians of {rounds} turns."
+    for part in only.split(","):
+        rows = {"capture": capture, "training": training, "memory": memory}[part](rounds)
+        kind = "memory" if part == "memory" else "speed"
+        for number, (row, figures) in enumerate(rows):
+            result = {"row": row, "seed": 0, "note": note, "figures": figures, "environment": environment(seed=0)}
+            write_json(Path(results) / f"{kind}-{part}-{number}.json", result)
+
+
+if __name__ == "__main__":
+    auto_cli(speed, as_positional=False)

@@ -1,0 +1,51 @@
+"""Two processes: capture, training and resuming under DDP."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fulgurite.datamodules.soft_labels import SoftLabelStore
+
+TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=false"]
+
+
+def fulgurite(folder, *words):
+    code = "import sys; from fulgurite.experiments.main import main; main()"
+    script = folder / "command.py"
+    script.write_text(f'if __name__ == "__main__":\n    {code}\n')
+    done = subprocess.run(
+        [sys.executable, str(script), *words], cwd=folder, env=os.environ, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_capture_train_and_resume(tmp_path, text_file):
+    capture = ["predict", "-c", "distillation/capture", "--model.source=random:tiny", f"--data.train={text_file}"]
+    capture += ["--data.block_size=64", "--data.batch_size=1"]
+    fulgurite(tmp_path, *capture, "--trainer.callbacks.store=two", *TWO)
+    fulgurite(tmp_path, *capture, "--trainer.callbacks.store=one", *TWO, "--trainer.devices=1", "--trainer.strategy=auto")
+    one, two = SoftLabelStore(tmp_path / "one"), SoftLabelStore(tmp_path / "two")
+    assert len(list((tmp_path / "two").glob("journal-*.jsonl"))) == 2
+    assert sorted(one.keys) == sorted(two.keys)
+    for key in one.keys:
+        assert (one.read(key).ids == two.read(key).ids).all()
+
+    fit = ["fit", "-c", "distillation/student", "--model.source=random:tiny", "--model.student.keep_layers.count=2"]
+    fit += ["--data.store=one", "--data.batch_size=1", *TWO, "--trainer.max_epochs=2", "--model.lr_scheduler.total_steps=200"]
+    fit += ["--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 9, save_last: true}}]"]
+    fulgurite(tmp_path, *fit, "--run=whole")
+    fulgurite(tmp_path, *fit, "--run=parts", "--trainer.max_steps=27")
+    again = ["fit", "--experiment=distillation-student", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=-1"]
+    fulgurite(tmp_path, *again)
+    folder = tmp_path / "runs" / "distillation-student"
+    whole, parts = (torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["global_step"] == parts["global_step"] > 27
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, parts["state_dict"][name]), name
+    assert json.loads((folder / "whole" / "environment.json").read_text())["seed"] == 0
+    assert len(list(folder.iterdir())) == 2  # both processes used one run folder

@@ -1,0 +1,88 @@
+"""The embedded model and the documented commands, as a user types them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fulgurite.errors import InputError
+from fulgurite.modules.pretrained import load_model, load_tokenizer, needs_bos, resolve_source, token_byte_lengths
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM = "package:smollm2-135m-instruct"
+
+
+def installed(source):
+    try:
+        resolve_source(source)
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_real_model_is_dequantised_and_speaks():
+    installed(SMOLLM)
+    tokenizer, model = load_tokenizer(SMOLLM), load_model(SMOLLM, "bfloat16")
+    assert resolve_source(SMOLLM).title == "SmolLM2-135M-Instruct (Q4_1, de-quantised)"
+    assert (model.config.num_hidden_layers, len(tokenizer)) == (30, 49152)
+    assert not hasattr(model.config, "quantization_config")
+    assert tokenizer.chat_template
+    text = "The capital of France is"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0])
+    assert int(token_byte_lengths(tokenizer)[ids[0]].sum()) == len(text)
+
+
+@pytest.mark.slow
+def test_real_model_gemma_needs_bos_and_has_no_chat_template(tmp_path):
+    installed("package:gemma-3-270m")
+    from fulgurite.datamodules import InstructionDataModule
+
+    tokenizer = load_tokenizer("package:gemma-3-270m")
+    assert needs_bos(tokenizer)
+    text = "Sand ü melts into glass."
+    ids = tokenizer(text).input_ids
+    assert int(token_byte_lengths(tokenizer)[torch.tensor(ids)].sum()) == len(text.encode())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(InputError, match="no chat template"):
+        InstructionDataModule(str(rows), tokenizer="package:gemma-3-270m").setup()
+
+
+@pytest.mark.slow
+def test_real_model_commands_of_the_readme(tmp_path):
+    """Every command of the README but the two of ``make``, shortened by options only."""
+    installed(SMOLLM)
+    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    commands = [line.strip() for block in blocks for line in block.splitlines() if ".venv/bin/fulgurite" in line]
+    assert len(commands) >= 6
+    (tmp_path / "my_text").mkdir()
+    (tmp_path / "my_text" / "a.txt").write_text("Sand melts where the lightning goes down. " * 600)
+    short = {
+        "predict": ["--data.block_size=64", "--data.train_tokens=256"],
+        "fit": ["--trainer.max_steps=1", "--trainer.limit_val_batches=1"],
+        "demo": ["--train_tokens=1024", "--val_tokens=256", "--block_size=128"],
+        "generate": ["--max_new_tokens=3"],
+    }
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    demo = f"fulgurite demo {' '.join(short['demo'])}"
+    for command in [demo, *(line.split("#")[0].replace(".venv/bin/", "") for line in commands)]:
+        words = command.split()
+        extra = [] if command is demo else short.get(words[1], [])
+        done = subprocess.run(
+            " ".join([command, *extra]), shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    assert (tmp_path / "runs" / "demo" / "summary.json").is_file()
+    code = (
+        "import sys; sys.modules['fulgurite'] = None\n"
+        "from transformers import pipeline; print(pipeline('text-generation', 'runs/demo/export')('def read_file(')[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert "generated_text" in done.stdout, done.stderr[-2000:]
