@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -16,14 +16,14 @@ from .documents import DataError, check_documents, read_rows
 class InstructionDataModule(TokenDataModule):
     """Rows of a prompt and a response, rendered with the model's chat template; only the response carries loss.
 
-    ``predict`` gives the prompts of the validation rows, left-padded, to be answered.
-
     Args:
         train: A .jsonl or .parquet file or ``hub:owner/name[:split]`` with one prompt and response a row.
         val: Rows to validate on; None holds out a part of the training rows.
         val_fraction: Share of the training rows that is held out when ``val`` is None, in [0, 1).
         prompt_field: Column of the prompt.
         response_field: Column of the response.
+        predict_split: What ``predict`` reads: ``prompts`` of the validation rows, left-padded, to be answered; or ``train`` or
+            ``val`` rows with their responses, for a capture of soft labels.
         max_length: Tokens of a row at most; longer rows are cut at the end, rows whose prompt alone is longer left out.
         batch_size: Rows a batch on each device.
         tokenizer: Source of the tokenizer; None takes the model's own.
@@ -42,6 +42,7 @@ class InstructionDataModule(TokenDataModule):
         val_fraction: float = 0.05,
         prompt_field: str = "prompt",
         response_field: str = "response",
+        predict_split: Literal["prompts", "train", "val"] = "prompts",
         max_length: int = 1024,
         batch_size: int = 4,
         tokenizer: str | None = None,
@@ -61,7 +62,7 @@ class InstructionDataModule(TokenDataModule):
             raise DataError(f"max_length={max_length} holds no response. Legal: 2 or more.")
         self.train_source, self.val_source, self.val_fraction = train, val, val_fraction
         self.fields = {"prompt_field": prompt_field, "response_field": response_field}
-        self.max_length = max_length
+        self.predict_split, self.max_length = predict_split, max_length
         self._content: dict[str, str] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -82,7 +83,10 @@ class InstructionDataModule(TokenDataModule):
             val, train = train[:held_out], train[held_out:]
         self.train_set = self._examples(train, "train")
         self.val_set = self._examples(val, "val") if val else None
-        self.predict_set = PromptExamples([self._ids(prompt)[0] for prompt, _ in val or train])
+        prompts = PromptExamples([self._ids(prompt)[0] for prompt, _ in val or train])
+        self.predict_set = {"prompts": prompts, "train": self.train_set, "val": self.val_set}[self.predict_split]
+        if self.predict_set is None and stage == "predict":
+            raise DataError("predict_split='val', but there are no validation rows: give val, or val_fraction above 0.")
 
     def _rows(self, source: str, name: str) -> list[tuple[str, str]]:
         rows = []

@@ -78,6 +78,8 @@ def _result(
     test_tokens: int,
 ) -> dict[str, Any]:
     rate = cli.token_rate
+    config = json.loads(json.dumps(cli.config["fit"].as_dict(), default=str))
+    del config["config"]  # where the packaged config lies on this machine
     return {
         "row": row,
         "seed": seed,
@@ -92,7 +94,7 @@ def _result(
             "top-1 agreement": figures.agreement,
         },
         "cost": {"train_tokens": rate.tokens, "train_seconds": rate.seconds},
-        "run": {"command": words, "config": json.loads(json.dumps(cli.config["fit"].as_dict(), default=str))},
+        "run": {"command": words, "config": config},
         "environment": environment(seed=seed, data=cli.datamodule.hashes(), command=words),
     }
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.progress import track
 
 from ...callbacks.soft_label_writer import to_sequences
 from ...datamodules import SoftLabelDataModule, TextDataModule
-from ...datamodules.soft_labels import SoftLabelAppender, SoftLabelStore, StoreHeader
+from ...datamodules.soft_labels import SoftLabelAppender, StoreHeader
 from ...modules import SoftLabelDistillation, SoftLabelTeacher
 from ...modules.distillation import LabelSettings
 from ...modules.files import write_json
@@ -87,9 +88,12 @@ def capture(rounds: int) -> list[tuple[str, dict[str, Any]]]:
 
         seconds, reference, ratio = pairs(label, bare, rounds, "capture")
         appender.close()
+    return [("capture of 50 labels, against a bare model(**batch)", _figures(seconds, reference, 1 / ratio))]
+
+
+def _figures(seconds: float, reference: float, ratio: float) -> dict[str, float]:
     tokens = BLOCK * BATCH
-    figures = {"tokens/s": tokens / seconds, "peer": "bare model(**batch)", "peer's tokens/s": tokens / reference}
-    return [("capture, 50 labels", {**figures, "speed against the peer": 1 / ratio})]
+    return {"tokens/s": tokens / seconds, "tokens/s of the other": tokens / reference, "times as fast": ratio}
 
 
 def _header(teacher: SoftLabelTeacher) -> StoreHeader:
@@ -104,68 +108,83 @@ def _header(teacher: SoftLabelTeacher) -> StoreHeader:
     )
 
 
+class Steps:
+    """Training steps of one student, in bf16-mixed.
+
+    Args:
+        spec: The student.
+    """
+
+    def __init__(self, spec: StudentSpec) -> None:
+        self.student = SoftLabelDistillation(SOURCE, student=spec, teacher=SOURCE, selection=LabelSettings(selection="full"))
+        self.student.configure_model()
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4)
+        self.count = 0
+
+    def step(self, loss: Callable[[dict[str, Any]], torch.Tensor], given: list[dict[str, Any]]) -> None:
+        """Take one step on the next batch."""
+        batch = given[self.count % len(given)]
+        self.count += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(batch)
+        value.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def ours(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the loss on the batch's stored labels, or on the online teacher's."""
+        return self.student.loss_parts(batch).loss
+
+    def theirs(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return transformers' own loss on the hard labels."""
+        inputs = {key: batch[key] for key in ("input_ids", "labels", "position_ids")}
+        assert self.student.model is not None
+        return self.student.model(**inputs, use_cache=False).loss
+
+
 def training(rounds: int) -> list[tuple[str, dict[str, Any]]]:
     """A training step on stored labels against hard labels through transformers' loss, and against an online teacher."""
+    # A student of 22 layers as in the demo; and one with an eighth of the teacher's 134.5 M parameters, head included.
+    small = {"hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 6}
+    students = {
+        "106 M": StudentSpec([*range(20), 28, 29]),
+        "17 M": StudentSpec(fresh={**small, "num_key_value_heads": 3, "head_dim": 48}),
+    }
+    given = batches(4)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        _fill_store(Path(folder) / "store", given)
+        data = SoftLabelDataModule(str(Path(folder) / "store"), val_fraction=0, tokenizer=SOURCE, batch_size=BATCH)
+        data.setup()
+        assert data.store is not None
+        store, keys = data.store, data.store.keys[:BATCH]
+        decode = _median(lambda: [store.example(key) for key in keys], 5)
+        stored = list(data.train_dataloader())
+        for name, spec in students.items():
+            steps = Steps(spec)
+            row = f"training of {name} on stored labels, against "
+            one, other, ratio = pairs(
+                partial(steps.step, steps.ours, stored), partial(steps.step, steps.theirs, given), rounds, f"{name}, hard labels"
+            )
+            rows.append((row + "hard labels by transformers' loss", _figures(one, other, 1 / ratio)))
+            share = {"share of the step": decode / one}
+            rows.append((f"reading of stored labels, training of {name}", {"tokens/s": BLOCK * BATCH / decode, **share}))
+            one, other, ratio = pairs(
+                partial(steps.step, steps.ours, stored), partial(steps.step, steps.ours, given), rounds, f"{name}, online"
+            )
+            rows.append((row + "an online teacher", _figures(one, other, 1 / ratio)))
+    return rows
+
+
+def _fill_store(folder: Path, given: list[dict[str, Any]]) -> None:
     teacher = SoftLabelTeacher(SOURCE)
     teacher.configure_model()
-    given = batches(4)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        store_folder = Path(folder) / "store"
-        appender = SoftLabelAppender(store_folder, _header(teacher))
-        for batch in given:
-            prediction = teacher.predict_step(batch, 0)
-            assert prediction is not None
-            appender.append(to_sequences(appender.header, batch, prediction))
-        appender.close()
-        del teacher
-        data = SoftLabelDataModule(str(store_folder), val_fraction=0, tokenizer=SOURCE, batch_size=BATCH)
-        data.setup()
-        decode = _median(lambda: [SoftLabelStore.example(data.store, key) for key in data.store.keys[:BATCH]], 5)  # type: ignore[union-attr,arg-type]
-        stored = list(data.train_dataloader())
-        # A student of 22 layers as in the demo; and one with an eighth of the teacher's 134.5 M parameters, head included.
-        small = {"hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 6}
-        specs = {
-            "22 of 30 layers": StudentSpec([*range(20), 28, 29]),
-            "an eighth of the teacher": StudentSpec(fresh={**small, "num_key_value_heads": 3, "head_dim": 48}),
-        }
-        for name, spec in specs.items():
-            student = SoftLabelDistillation(SOURCE, student=spec, teacher=SOURCE, selection=LabelSettings(selection="full"))
-            student.configure_model()
-            tokens, turn = BLOCK * BATCH, [0]
-            optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-
-            def step(loss: Callable[[dict[str, Any]], torch.Tensor], source: list[dict[str, Any]]) -> None:
-                batch = source[turn[0] % len(source)]  # noqa: B023
-                turn[0] += 1  # noqa: B023
-                with torch.autocast("cpu", torch.bfloat16):
-                    value = loss(batch)
-                value.backward()
-                optimizer.step()  # noqa: B023
-                optimizer.zero_grad()  # noqa: B023
-
-            def ours(batch: dict[str, Any]) -> torch.Tensor:
-                return student.loss_parts(batch).loss  # noqa: B023
-
-            def theirs(batch: dict[str, Any]) -> torch.Tensor:
-                inputs = {key: batch[key] for key in ("input_ids", "labels", "position_ids")}
-                return student.model(**inputs, use_cache=False).loss  # type: ignore[misc]  # noqa: B023
-
-            from_store, hard, ratio = pairs(
-                lambda: step(ours, stored), lambda: step(theirs, given), rounds, f"{name}: stored, hard"
-            )
-            peer = {"tokens/s": tokens / from_store, "peer": "hard labels, transformers' loss", "peer's tokens/s": tokens / hard}
-            parameters = sum(parameter.numel() for parameter in student.parameters()) / 1e6
-            row = f"training on stored labels, {name} ({parameters:.0f} M)"
-            rows.append((row, {**peer, "speed against the peer": 1 / ratio}))
-            online, from_store, ratio = pairs(
-                lambda: step(ours, given), lambda: step(ours, stored), rounds, f"{name}: online, stored"
-            )
-            peer = {"tokens/s": tokens / from_store, "peer": "online teacher, full KL", "peer's tokens/s": tokens / online}
-            rows.append((row + ", again", {**peer, "speed against the peer": ratio}))
-            share = decode / from_store
-            rows.append((f"reading and decoding labels, {name}", {"tokens/s": tokens / decode, "share of the step": share}))
-    return rows
+    appender = SoftLabelAppender(folder, _header(teacher))
+    for batch in given:
+        prediction = teacher.predict_step(batch, 0)
+        assert prediction is not None
+        appender.append(to_sequences(appender.header, batch, prediction))
+    appender.close()
 
 
 def _median(function: Callable[[], Any], rounds: int) -> float:

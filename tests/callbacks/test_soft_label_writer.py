@@ -43,8 +43,7 @@ def test_stopped_capture_goes_on_without_predicting_again(tmp_path, text_file):
 def test_instruction_rows_keep_labels_of_responses_only(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Sand?", "response": "Glass."}\n{"prompt": "Longer question?", "response": "No."}\n')
-    data = InstructionDataModule(str(path), val_fraction=0)
-    data.predict_dataloader = lambda: data._loader(data.train_set, training=False)
+    data = InstructionDataModule(str(path), val_fraction=0, predict_split="train")
     capture(tmp_path / "labels", data)
     store = SoftLabelStore(tmp_path / "labels")
     assert len(store) == 2
