@@ -51,15 +51,19 @@ class ExportPretrained(Callback):
             return
         assert isinstance(pl_module, LanguageModel)
         root = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "export"
-        self._write(trainer, pl_module, root, trainer.strategy.lightning_module_state_dict(), trainer.global_step)
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("val_")}
+        self._write(trainer, pl_module, root, trainer.strategy.lightning_module_state_dict(), trainer.global_step, metrics)
         for callback in trainer.checkpoint_callbacks if self.best else []:
             if isinstance(callback, ModelCheckpoint) and callback.monitor and Path(callback.best_model_path).is_file():
                 checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
                 if checkpoint["global_step"] != trainer.global_step:
                     folder = root.with_name(f"{root.name}-best")
-                    self._write(trainer, pl_module, folder, checkpoint["state_dict"], checkpoint["global_step"])
+                    figures = {callback.monitor: float(callback.best_model_score or 0)}
+                    self._write(trainer, pl_module, folder, checkpoint["state_dict"], checkpoint["global_step"], figures)
 
-    def _write(self, trainer: Trainer, module: LanguageModel, folder: Path, state: dict[str, Any], step: int) -> None:
+    def _write(
+        self, trainer: Trainer, module: LanguageModel, folder: Path, state: dict[str, Any], step: int, figures: dict[str, float]
+    ) -> None:
         if not trainer.is_global_zero:
             return
         model = module.model
@@ -76,25 +80,23 @@ class ExportPretrained(Callback):
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             module.tokenizer.save_pretrained(new)
             (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(new)
-            (new / "README.md").write_text(model_card(trainer, module, step), "utf-8")
+            (new / "README.md").write_text(model_card(trainer, module, step, figures), "utf-8")
         self.written.append(folder)
         log.info("Exported step %d to %s", step, folder)
 
 
-def model_card(trainer: Trainer, module: LanguageModel, step: int) -> str:
+def model_card(trainer: Trainer, module: LanguageModel, step: int, figures: dict[str, float]) -> str:
     """Return the model card: licence and source, method and its settings, data, figures, how to load it.
 
     Args:
         trainer: Trainer whose metrics and data are named.
         module: The trained module.
         step: Optimizer step of the weights.
+        figures: Validation figures of the weights.
     """
     source = module.source
     parameters = sum(parameter.numel() for parameter in module.model.parameters()) if module.model else 0
     settings = {name: value for name, value in module.hparams.items() if not name.startswith("_") and value is not None}
-    figures = {
-        name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith(("val_", "test_"))
-    }
     lines = [
         "---",
         f"license: {source.licence or 'other'}",
@@ -120,7 +122,7 @@ def model_card(trainer: Trainer, module: LanguageModel, step: int) -> str:
         "",
         *[f"- {name}: `{value}`" for name, value in data_hashes(trainer).items()],
         "",
-        "## Figures at the end of training",
+        "## Figures of these weights",
         "",
         *([f"- {name}: {value:.4f}" for name, value in figures.items()] or ["- none: the run had no validation"]),
         "",

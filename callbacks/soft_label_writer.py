@@ -88,6 +88,8 @@ class SoftLabelWriter(BasePredictionWriter):
 
     def _missing_rows(self, batch: dict[str, Any]) -> list[int]:
         assert self._appender is not None
+        if "lengths" not in batch:
+            raise InputError("These batches are prompts without successors to label: give data.predict_split=train or val.")
         keys = [sequence_key(self._appender.header, batch, row)[0] for row in range(len(batch["lengths"]))]
         return [row for row, key in enumerate(keys) if key not in self._appender]
 

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class TokenRate(Callback):
     """Logs ``tokens_per_second`` of training, and keeps the totals of training or prediction of this process.
 
-    Validation, checkpoints and the start are not counted: the clock runs from one batch's start to its end, the loading of
-    the batch included.
+    The clock runs from the start of a batch to its end: loading, validation and checkpoints are not counted. A run that goes
+    on from a checkpoint goes on counting.
 
     Attributes:
         tokens: Tokens of all batches so far.
@@ -22,21 +22,18 @@ class TokenRate(Callback):
         self.seconds = 0.0
         self._since = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a batch and log the rate so far."""
         self._add(batch)
-        if self.seconds:
-            pl_module.log("tokens_per_second", self.tokens / self.seconds, prog_bar=True)
+        pl_module.log("tokens_per_second", self.tokens / self.seconds, prog_bar=True)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the time of validation out."""
-        self._since = time.perf_counter()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Start the clock."""
         self._since = time.perf_counter()
 
@@ -47,8 +44,14 @@ class TokenRate(Callback):
         self._add(batch)
 
     def _add(self, batch: Any) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._since = now
+        self.seconds += time.perf_counter() - self._since
         if isinstance(batch, dict) and "input_ids" in batch:
             self.tokens += batch["input_ids"].numel()
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the totals, for a run that goes on."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from the totals of a checkpoint."""
+        self.tokens, self.seconds = int(state_dict["tokens"]), state_dict["seconds"]

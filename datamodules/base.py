@@ -42,7 +42,8 @@ class TokenDataModule(LightningDataModule):
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
         self.predict_set: Dataset | None = None
-        self.has_soft_labels = False
+        self.has_soft_labels = False  # in training
+        self.val_has_soft_labels = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -90,7 +91,8 @@ class TokenDataModule(LightningDataModule):
         return collate(examples, pad=self.tokenizer.pad_token_id or 0)
 
     def _loader(self, dataset: Dataset | None, *, training: bool) -> ResumableLoader:
-        assert dataset is not None, "setup() comes first"
+        if dataset is None:
+            raise InputError(f"{type(self).__name__} has no such sequences: nothing is held out, or setup() was not called.")
         trainer = self.trainer
         sampler = EpochSampler(
             len(dataset),  # type: ignore[arg-type]
@@ -107,6 +109,7 @@ class TokenDataModule(LightningDataModule):
             collate=self._collate,
             num_workers=self.num_workers,
             drop_last=training and len(sampler) >= self.batch_size,
+            content="-".join(value for _, value in sorted(self.hashes().items())) if training else "",
         )
 
     def train_dataloader(self) -> ResumableLoader:

@@ -77,7 +77,7 @@ def read_documents(source: str, text_field: str = "text") -> Iterator[str]:
     if path.is_dir() or path.suffix in TEXT_SUFFIXES:
         for file in _files(path):
             if file.suffix in TEXT_SUFFIXES:
-                text = file.read_text("utf-8")
+                text = _utf8(file.read_bytes(), str(file))
                 if text.strip():
                     yield text
             else:
@@ -90,6 +90,13 @@ def read_documents(source: str, text_field: str = "text") -> Iterator[str]:
             )
         if row[text_field].strip():
             yield row[text_field]
+
+
+def _utf8(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: no UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
 
 
 def read_rows(source: str) -> Iterator[dict[str, Any]]:
@@ -106,11 +113,15 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
     elif source.endswith(".parquet"):
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+                yield from batch.to_pylist()
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{source} is damaged or no Parquet file ({error}).") from error
     else:
-        with open(Path(source).expanduser(), encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+        with open(Path(source).expanduser(), "rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = _utf8(raw, f"{source}, line {number}")
                 if not line.strip():
                     continue
                 try:

@@ -60,6 +60,7 @@ class ResumableLoader:
         collate: Makes a batch of examples.
         num_workers: Processes that read ahead; 0 reads in this one.
         drop_last: Leave out an unfilled last batch.
+        content: Hash of the data, which a resumed run must find unchanged.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class ResumableLoader:
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         num_workers: int = 0,
         drop_last: bool = False,
+        content: str = "",
     ) -> None:
-        self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
+        self.dataset, self.sampler, self.batch_size, self.content = dataset, sampler, batch_size, content
         self._loader = DataLoader(
             dataset,
             batch_size=batch_size,
@@ -84,26 +86,29 @@ class ResumableLoader:
         )
         self.batch_sampler = None  # Lightning asks every loader that has a sampler for it
         self._delivered = 0
-        self._resume_at = 0
+        self._resume_at = (-1, 0)  # epoch, batches of it that were delivered
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator: Lightning asks for an iterator before it sets the epoch, and for a second one later.
-        self._delivered, self._resume_at = self._resume_at, 0
+        epoch, batches = self._resume_at
+        self._resume_at = (-1, 0)
+        self._delivered = batches if epoch == self.sampler.epoch else 0
         self.sampler.skip = self._delivered * self.batch_size
         for batch in self._loader:
             self._delivered += 1
             yield batch
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, int | str]:
         sampler = self.sampler
         return {
             "examples": sampler.size,
             "batch_size": self.batch_size,
             "world_size": sampler.world_size,
             "seed": sampler.seed,
+            "content": self.content,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,4 +129,4 @@ class ResumableLoader:
                 )
         complete = state["batches"] >= len(self)
         self.sampler.set_epoch(state["epoch"] + complete)
-        self._resume_at = 0 if complete else state["batches"]
+        self._resume_at = (state["epoch"], 0 if complete else state["batches"])

@@ -3,7 +3,7 @@
 import importlib
 import logging
 import os
-import sys
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -41,7 +42,7 @@ class RunRecord(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write both files."""
         folder = Path(trainer.default_root_dir)
-        number = len(list(folder.glob("config*.yaml")))
+        number = len(list(folder.glob("config*.yaml"))) if self.config.get("ckpt_path") else 0
         suffix = f"-{number}" if number else ""
         write_atomic(folder / f"config{suffix}.yaml", self.parser.dump(self.config, skip_unset=False))
         record = environment(seed=self.config.get("seed_everything"), data=data_hashes(trainer), command=self.command)
@@ -88,11 +89,14 @@ class FulguriteCLI(LightningCLI):
         path = config.get("ckpt_path")
         if not path:
             return
-        if path in ("best", "hpc", "registry"):
-            raise InputError(f"--ckpt_path {path}: a new process has no such checkpoint. Legal: last, or a file.")
+        if path in ("last", "best", "hpc", "registry"):
+            raise InputError(f"ckpt_path: {path}: legal in a config is a file, and on the command line --ckpt_path last.")
         if not Path(path).is_file():
             raise InputError(f"--ckpt_path {path!r} is no file. Legal: last, or a checkpoint file.")
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"--ckpt_path {path!r} is damaged or no checkpoint of this suite ({error!r}).") from error
         parser = self._parser(self.config.subcommand)
         given = yaml.safe_load(parser.dump(config, skip_unset=False))["model"]
         differences = []
@@ -111,20 +115,21 @@ class FulguriteCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the Trainer, with the run's folder and TensorBoard unless the config names a logger."""
         config = self.config[self.config.subcommand]
-        name = config.get("run") or os.environ.setdefault(_RUN_VARIABLE, new_run_name())
+        name = config.get("run") or _shared_run_name()
         folder = Path(config["runs_folder"]) / config["experiment"] / name
         config["run"] = name
         kwargs["default_root_dir"] = str(folder)
         settings = self._get(self.config_init, "trainer", default={})
         if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
-        if self.subcommand == "fit" and not config.get("ckpt_path") and (folder / "config.yaml").exists():
+        kept = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("export")]
+        if self.subcommand == "fit" and not config.get("ckpt_path") and kept and "LOCAL_RANK" not in os.environ:
             raise InputError(
                 f"--run {name!r}: {folder} holds a run already and is left as it is. Go on with it by --ckpt_path last, or "
                 "give another name."
             )
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(self.token_rate)  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, self.token_rate)  # type: ignore[attr-defined]
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -145,12 +150,33 @@ class FulguriteCLI(LightningCLI):
             for name, other in other_parsers().items():
                 parser._subcommands_action.add_subcommand(name, other, help=COMMANDS[name][1])
 
+    def before_predict(self) -> None:
+        """See to it that what is predicted goes somewhere."""
+        if any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        if isinstance(self.model, modules.SoftLabelTeacher):
+            raise InputError(
+                "SoftLabelTeacher predicts labels that nothing would store: add SoftLabelWriter to trainer.callbacks."
+            )
+        self.trainer.callbacks.append(callbacks.TextWriter())  # type: ignore[attr-defined]
+
     def after_fit(self) -> None:
         """Say what came out and where it is."""
         figures = {name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val_")}
         if self.trainer.is_global_zero:
             log.info("Run folder: %s", self.trainer.default_root_dir)
             log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in sorted(figures.items())))
+
+
+def _shared_run_name() -> str:
+    """Return the time as a run's name, the same in every process of the run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _RUN_VARIABLE not in os.environ:
+        # Started by torchrun or a cluster: every process would read its own clock.
+        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+        if job in (None, "none"):
+            raise InputError("--run is missing: processes started from outside need one name for their common folder.")
+        return str(job)
+    return os.environ.setdefault(_RUN_VARIABLE, new_run_name())
 
 
 def run(words: list[str]) -> FulguriteCLI:
@@ -192,12 +218,13 @@ def quiet() -> None:
     log.setLevel(logging.INFO)
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*is not supported by the model summary.*"):
-        warnings.filterwarnings("ignore", message=message)
+    unwanted = ("LeafSpec", "does not have many workers", "not supported by the model summary", "across ranks is zero")
+    for message in (*unwanted, "LightningCLI's args parameter", "Found . module.s. in eval mode"):
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def main(words: list[str]) -> None:
     """Run a command of the shell."""
     quiet()
-    sys.argv[1:] = []  # LightningCLI warns of words in both places
+    # sys.argv stays as it is: the launcher starts the other ranks with it.
     run(words)

@@ -15,7 +15,9 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
+from ..callbacks import SoftLabelWriter
 from ..datamodules.soft_labels import SoftLabelStore
+from ..errors import InputError
 from ..modules.files import write_json
 from ..modules.language_model import GenerationSettings
 from ..modules.pretrained import load_model, load_tokenizer
@@ -24,7 +26,7 @@ from .distillation.compare import Comparison, compare
 from .environment import environment
 from .generate import continue_text
 
-STUDENTS = {"hard": ("student, hard labels", 0.0), "half": ("student, half soft labels", 0.5)}
+STUDENTS = {"hard": ("hard labels", 0.0), "half": ("half soft labels", 0.5)}
 PROMPT = "Return a new array of given shape and type,"
 
 log = logging.getLogger("fulgurite")
@@ -58,19 +60,20 @@ def demo(
     """
     begin = time.perf_counter()
     root = Path(folder)
+    _remember(root, {name: value for name, value in locals().items() if name not in ("begin", "root", "folder")})
     data = [f"--data.train={text}", f"--data.train_tokens={train_tokens}", f"--data.val_tokens={val_tokens}"]
     data += [f"--data.block_size={block_size}"]
     common = ["--runs_folder", str(root.parent), "--experiment", root.name, f"--seed_everything={seed}"]
     common += ["--trainer.enable_model_summary=false"]
 
-    _step(f"1. {source} reads {train_tokens:,} tokens of {text} and its soft labels are stored")
+    _step(f"1. {source} labels {train_tokens:,} tokens of {text}")
     capture = _capture(root, source, data, common)
     store = root / "labels"
 
     exports = {}
     seconds: dict[str, float] = {}
     for number, (name, (row, weight)) in enumerate(STUDENTS.items(), 2):
-        _step(f"{number}. {row}: {layers} layers, the same tokens, labels read from {store}")
+        _step(f"{number}. {row}: {layers} layers, the same tokens")
         exports[name], seconds[name] = _train(root, name, weight, source, layers, store, common)
 
     _step("4. Both are compared with the teacher on held-out text")
@@ -96,6 +99,19 @@ def demo(
     _show(root, summary)
 
 
+def _remember(root: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a first start; refuse to mix products of others into this one."""
+    noted = root / "demo.json"
+    if not noted.is_file():
+        write_json(noted, settings)
+    before = json.loads(noted.read_text())
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items() if before.get(name) != value
+    ]
+    if changed:
+        raise InputError(f"folder={str(root)!r} holds a demo with other settings ({'; '.join(changed)}). Give another folder.")
+
+
 def _step(text: str) -> None:
     console.rule(f"[bold]{text}", align="left")
 
@@ -104,9 +120,10 @@ def _capture(root: Path, source: str, data: list[str], common: list[str]) -> dic
     noted = root / "capture.json"
     words = ["predict", "-c", "distillation/capture", "--model.source", source, *data, *common]
     cli = run([*words, f"--trainer.callbacks.store={root / 'labels'}", "--run", "capture"])
-    if not noted.is_file() and cli.token_rate.seconds:
-        rate = cli.token_rate
-        write_json(noted, {"capture_seconds": rate.seconds, "capture_tokens_per_second": rate.tokens / rate.seconds})
+    captured = sum(callback.captured_tokens for callback in cli.trainer.callbacks if isinstance(callback, SoftLabelWriter))
+    if not noted.is_file() and captured:
+        seconds = cli.token_rate.seconds
+        write_json(noted, {"capture_seconds": seconds, "capture_tokens_per_second": captured / seconds})
     return json.loads(noted.read_text()) if noted.is_file() else {}
 
 
@@ -124,9 +141,7 @@ def _train(root: Path, name: str, weight: float, source: str, layers: int, store
         cli = run(words)
         write_json(noted, {"seconds": cli.token_rate.seconds, "tokens": cli.token_rate.tokens})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    rate = json.loads(noted.read_text())
-    tokens = sum(map(SoftLabelStore(store).tokens_of, SoftLabelStore(store).keys))
-    return folder / "export", rate["seconds"] * tokens / rate["tokens"]
+    return folder / "export", json.loads(noted.read_text())["seconds"]
 
 
 def _sample(source: str) -> tuple[str, int]:
@@ -137,9 +152,13 @@ def _sample(source: str) -> tuple[str, int]:
 
 def _show(root: Path, summary: dict[str, Any]) -> None:
     labels = summary["labels"]
-    table = Table(title="On held-out text")
+    table = Table(
+        title="On held-out text",
+        caption="loss in nats per token; KL to the teacher in nats; top-1: share of tokens with the teacher's first choice; "
+        "tok/s and sec: training",
+    )
     table.add_column("")
-    columns = ("parameters", "loss (nats)", "perplexity", "KL to teacher", "top-1 agreement", "training tokens/s", "seconds")
+    columns = ("params", "loss", "ppl", "KL", "top-1", "tok/s", "sec")
     for column in columns:
         table.add_column(column, justify="right")
     for name, row in (("teacher", "teacher"), *((name, row) for name, (row, _) in STUDENTS.items())):

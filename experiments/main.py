@@ -1,5 +1,6 @@
 """The ``fulgurite`` command: answers the small questions at once, and imports a command's code only when it is called."""
 
+import errno
 import importlib
 import os
 import sys
@@ -54,6 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         _dispatch(words)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        print(f"fulgurite {words[0]}: the disk is full{place}. Free some space and run the same command again.", file=sys.stderr)
+        sys.exit(2)
     except InputError as error:
         if os.environ.get("FULGURITE_TRACEBACK"):
             raise

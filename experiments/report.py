@@ -48,6 +48,8 @@ def table(name: str) -> str:
         InputError: If the results come from several machines or commits.
     """
     results = load_results(name)
+    if not all(result["environment"].get("clean", True) for result in results):
+        raise InputError(f"report {name!r}: results of a checkout with uncommitted changes belong to no commit. Run it again.")
     for field in ("cpu", "gpus", "commit"):
         values = {json.dumps(result["environment"][field]) for result in results}
         if len(values) > 1:

@@ -94,7 +94,7 @@ class LanguageModel(LightningModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         attn_implementation: str | None = None,
-        loss_chunk_tokens: int = 256,
+        loss_chunk_tokens: int = 192,
         generation: GenerationSettings | None = None,
     ) -> None:
         super().__init__()

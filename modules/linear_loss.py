@@ -5,12 +5,15 @@ their gradient in place, and folded into the gradients of the hidden states and 
 (the scheme of Liger Kernel, arXiv 2410.10989; ours also takes soft targets). ``backward`` only scales what is there.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_SLICE = 4096  # vocabulary entries
 
 
 class SoftTargets(Protocol):
@@ -71,7 +74,7 @@ def linear_loss(
     *,
     soft_targets: SoftTargets | None = None,
     soft_weight: float = 0.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 192,
 ) -> LossParts:
     """Cross-entropy, and optionally a divergence from a teacher, of ``softmax(hidden_states @ weight.T)``.
 
@@ -111,46 +114,23 @@ class _LinearLoss(torch.autograd.Function):
         device = hidden_states.device
         tokens, vocabulary = labels.numel(), weight.shape[0]
         with torch.autocast(device.type, enabled=False):
-            cast_weight, cast_hidden = weight.detach().to(dtype), hidden_states.detach().to(dtype)
+            head, states = weight.detach(), hidden_states.detach().to(dtype)
             # The hidden states may be frozen below a trained head, or the head be frozen above them.
             ctx.hidden_gradient = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32) if grad else None
             ctx.weight_gradient = weight.new_zeros(weight.shape, dtype=torch.float32) if grad and weight.requires_grad else None
             sums = torch.zeros(3, device=device, dtype=torch.float64)
-            rows_per_chunk = min(chunk_tokens, tokens)
-            low = torch.empty(rows_per_chunk, vocabulary, device=device, dtype=dtype)
-            full = low if dtype == torch.float32 else torch.empty_like(low, dtype=torch.float32)
-            scratch = None
-            if soft_targets is not None and soft_targets.temperature != 1.0:
-                scratch = torch.empty_like(full)
+            buffer = torch.empty(min(chunk_tokens, tokens), vocabulary, device=device, dtype=torch.float32)
+            tempered = soft_targets is not None and soft_targets.temperature != 1.0
+            scratch = torch.empty_like(buffer) if tempered else None
             for start in range(0, tokens, chunk_tokens):
                 rows = slice(start, min(start + chunk_tokens, tokens))
                 count = rows.stop - rows.start
-                products, logits = low[:count], full[:count]
-                torch.mm(cast_hidden[rows], cast_weight.t(), out=products)
-                if logits is not products:
-                    logits.copy_(products)
-                gradient = _chunk(
-                    logits,
-                    labels[rows],
-                    sums,
-                    soft_targets,
-                    soft_weight,
-                    rows,
-                    None if scratch is None else scratch[:count],
-                    grad,
-                )
-                if gradient is None:
-                    continue
-                if gradient.dtype != dtype:
-                    products.copy_(gradient)
-                    gradient = products
+                logits = buffer[:count]
+                _project(states[rows], head, logits)
+                second = None if scratch is None else scratch[:count]
+                _chunk(logits, labels[rows], sums, soft_targets, soft_weight, rows, second, grad)
                 if ctx.hidden_gradient is not None:
-                    ctx.hidden_gradient[rows] = torch.mm(gradient, cast_weight)
-                if ctx.weight_gradient is not None:
-                    if dtype == torch.float32:
-                        ctx.weight_gradient.addmm_(gradient.t(), cast_hidden[rows])
-                    else:
-                        ctx.weight_gradient.add_(torch.mm(gradient.t(), cast_hidden[rows]))
+                    _project_back(logits, states[rows], head, ctx.hidden_gradient[rows], ctx.weight_gradient)
         ctx.tokens, ctx.dtypes, ctx.used = tokens, (hidden_states.dtype, weight.dtype), False
         hard, soft, agreement = (sums / max(tokens, 1)).float().unbind()
         scale = 1.0 if soft_targets is None else soft_targets.temperature**2
@@ -172,6 +152,38 @@ class _LinearLoss(torch.autograd.Function):
         return (*results, None, None, None, None, None, None)
 
 
+def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the weight in slices of the vocabulary, cast: no cast copy of all of it, no large product in low precision."""
+    step = len(weight) if weight.dtype == dtype == torch.float32 else _SLICE
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        yield rows, weight[rows].to(dtype)
+
+
+def _project(states: Tensor, weight: Tensor, logits: Tensor) -> None:
+    """Write ``states @ weight.T`` into float32 logits [tokens, vocabulary]; the product runs in the type of ``states``."""
+    for rows, part in _slices(weight, states.dtype):
+        if states.dtype == torch.float32:
+            torch.mm(states, part.t(), out=logits[:, rows])
+        else:
+            logits[:, rows] = torch.mm(states, part.t())
+
+
+def _project_back(
+    gradient: Tensor, states: Tensor, weight: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor | None
+) -> None:
+    """Add ``gradient @ weight`` [tokens, hidden size] and ``gradient.T @ states`` [vocabulary, hidden size] to float32 sums."""
+    for rows, part in _slices(weight, states.dtype):
+        here = gradient[:, rows].to(states.dtype)
+        hidden_gradient += torch.mm(here, part)
+        if weight_gradient is None:
+            continue
+        if states.dtype == torch.float32:
+            weight_gradient[rows].addmm_(here.t(), states)
+        else:
+            weight_gradient[rows] += torch.mm(here.t(), states)
+
+
 def _chunk(
     logits: Tensor,
     labels: Tensor,
@@ -181,7 +193,7 @@ def _chunk(
     rows: slice,
     scratch: Tensor | None,
     grad: bool,
-) -> Tensor | None:
+) -> None:
     """Add a chunk's losses to ``sums`` and turn its logits in place into the gradient of ``tokens * loss``."""
     label_column = labels[:, None]
     label_logits = logits.gather(1, label_column)[:, 0]
@@ -200,7 +212,7 @@ def _chunk(
             _, _, soft_normaliser, soft_inverse = _exponentiate_(scratch)
         sums[1] += soft.loss(soft_normaliser).sum()
     if not grad:
-        return None
+        return
     logits.mul_(inverse_sum[:, None])
     hard_weight = 1 - soft_weight if soft is not None else 1.0
     if soft is None or soft_targets is None:
@@ -213,7 +225,6 @@ def _chunk(
         soft.blend_(scratch, 0.0, soft_weight * soft_targets.temperature)
         logits.mul_(hard_weight).add_(scratch)
     logits.scatter_add_(1, label_column, logits.new_full((), -hard_weight).expand_as(label_column))
-    return logits
 
 
 def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

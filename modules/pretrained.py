@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -198,8 +199,10 @@ def _dequantised(parts: tuple[Path, ...], title: str, licence: str | None) -> Pa
 def _reach(source: ModelSource, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
-    except OSError as error:
-        if source.location and not Path(source.location).is_dir():
+    except SourceError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, OSError) and source.location and not Path(source.location).is_dir():
             raise SourceError(
                 f"source={source.name!r} could not be read from the hub ({str(error).splitlines()[0]}). Check the name and "
                 "the network, or give a local folder, a .gguf file, or one of "

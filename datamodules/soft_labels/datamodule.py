@@ -1,5 +1,6 @@
 """Training data from a soft-label store, with or without the text that it was made of."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from ..base import TokenDataModule
 from ..text import TextDataModule
 from .codec import StoreError
 from .store import SoftLabelStore, sequence_layout
+
+log = logging.getLogger(__name__)
 
 
 class StoredExamples(Dataset):
@@ -64,7 +67,7 @@ class SoftLabelDataModule(TokenDataModule):
         store: Folder of the store to train on.
         val_store: Folder of a store to validate on; None holds out a part of ``store``, or takes ``text``'s own.
         val_fraction: Share of the store's sequences, the last ones captured, that is held out when neither ``val_store``
-            nor ``text`` is given, in [0, 1).
+            nor an external store's ``text`` is given, in [0, 1).
         text: The text that the store was made of; needed where its tokens are ``external``, and used then only. Its
             validation split is used when ``val_store`` is None, without soft labels.
         train_tokens: Number of tokens to train on; the sequences beyond are left out. None takes all.
@@ -122,29 +125,36 @@ class SoftLabelDataModule(TokenDataModule):
         if self.store.header.tokens == "external":
             if self.text is None:
                 raise StoreError(f"store={self.store_folder!r} was made with tokens: external. Give its text as data.text.")
+            if self.train_tokens is not None:
+                raise StoreError("train_tokens goes with stored tokens; with tokens: external give data.text.train_tokens.")
             self.text._tokenizer = self.tokenizer
             self.text.setup(stage)
             assert self.text.train_set is not None
             self.train_set = JoinedExamples(self.store, self.text.train_set)
             self.val_set = self.text.val_set
         else:
+            if self.text is not None:
+                log.warning("data.text is ignored: %s holds its tokens itself.", self.store_folder)
             keys = self.store.keys
-            if self.train_tokens is not None:
-                keys = self._first(keys, self.train_tokens)
-            held_out = 0
-            if self.val_folder is None and self.val_fraction:
-                held_out = max(1, int(len(keys) * self.val_fraction))
+            held_out = max(1, int(len(keys) * self.val_fraction)) if self.val_folder is None and self.val_fraction else 0
             if len(keys) <= held_out:
                 raise StoreError(f"store={self.store_folder!r} has {len(keys)} sequences: too few to train on. Capture more.")
-            self.train_set = StoredExamples(self.store, keys[: len(keys) - held_out])
+            self.train_set = StoredExamples(self.store, self._first(keys[: len(keys) - held_out]))
             self.val_set = StoredExamples(self.store, keys[len(keys) - held_out :]) if held_out else None
+            self.val_has_soft_labels = bool(held_out)
         if self.val_folder is not None:
             val_store = self._open("val_store", self.val_folder)
+            if val_store.header.tokens == "external":
+                raise StoreError(f"val_store={self.val_folder!r} was made with tokens: external. Capture it with tokens: stored.")
+            self.val_has_soft_labels = True
             self.val_set = StoredExamples(val_store, val_store.keys)
         self.predict_set = self.val_set
 
-    def _first(self, keys: list[bytes], tokens: int) -> list[bytes]:
+    def _first(self, keys: list[bytes]) -> list[bytes]:
         assert self.store is not None
+        tokens = self.train_tokens
+        if tokens is None:
+            return keys
         taken, found = [], 0
         for key in keys:
             found += self.store.tokens_of(key)

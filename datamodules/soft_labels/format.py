@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,6 +134,20 @@ def unpack_block(block: bytes, key: bytes, codec: Codec, where: str) -> StoredSe
         return codec.decode(zstandard.ZstdDecompressor().decompress(payload))
     except (zstandard.ZstdError, StoreError) as error:
         raise StoreError(f"{where}: the block cannot be read ({error}). Capture again.") from error
+
+
+def whole_blocks(data: bytes, codec: Codec) -> Iterator[tuple[int, int, bytes, int]]:
+    """Yield offset, length, key and tokens of the whole blocks at the head of some bytes; stop at the first that is none."""
+    offset = 0
+    while offset + _BLOCK.size <= len(data):
+        _, length, key, _ = _BLOCK.unpack_from(data, offset)
+        block = data[offset : offset + _BLOCK.size + length]
+        try:
+            sequence = unpack_block(block, key, codec, "")
+        except StoreError:
+            return
+        yield offset, len(block), key, len(sequence.supervised)
+        offset += len(block)
 
 
 def journal_line(entry: dict[str, Any]) -> bytes:

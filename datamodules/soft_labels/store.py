@@ -15,7 +15,7 @@ import torch
 
 from ...modules.distillation import SoftLabels
 from .codec import StoredSequence, StoreError
-from .format import StoreHeader, journal_line, pack_block, read_journal, unpack_block
+from .format import StoreHeader, journal_line, pack_block, read_journal, unpack_block, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,14 @@ class SoftLabelStore:
         self._check_sizes()
         self.keys: list[bytes] = list(self._places)
 
-    def _check_sizes(self) -> None:
+    def _shard_ends(self) -> dict[str, int]:
         ends: dict[str, int] = {}
         for place in self._places.values():
             ends[place.shard] = max(ends.get(place.shard, 0), place.offset + place.length)
-        for shard, end in ends.items():
+        return ends
+
+    def _check_sizes(self) -> None:
+        for shard, end in self._shard_ends().items():
             path = self.folder / shard
             size = path.stat().st_size if path.is_file() else 0
             if size < end:
@@ -176,6 +179,14 @@ class SoftLabelStore:
         Raises:
             StoreError: At the first block that is damaged or holds what no teacher can have said.
         """
+        ends = self._shard_ends()
+        for path in sorted(self.folder.glob("labels-*.flb")):
+            unnamed = path.stat().st_size - ends.get(path.name, 0)
+            if unnamed:
+                raise StoreError(
+                    f"{path}: no journal names its last {unnamed} bytes. A capture was killed or a journal lost: run the same "
+                    "capture again, it enters what is whole."
+                )
         for key in self.keys:
             sequence = self.read(key)
             where = f"{self.folder / self._places[key].shard} at byte {self._places[key].offset}"
@@ -199,7 +210,7 @@ class SoftLabelAppender:
     """Appends one process's sequences to a store, which it makes or goes on with.
 
     A block is synced to disk before the journal's line that names it, so that a killed process leaves at most bytes that
-    no line names; they are cut off when the store is opened again.
+    no line names. When the store is opened again, whole blocks among them are entered and the rest is cut off.
 
     Args:
         folder: The store's folder.
@@ -232,16 +243,34 @@ class SoftLabelAppender:
         self._shard = open(self.folder / self._shard_name, "ab", buffering=0)  # noqa: SIM115
 
     def _recover(self) -> None:
-        """Cut off what no journal line names."""
+        """Cut off what is half written, and enter whole blocks that the journal does not name."""
         entries, whole = read_journal(self._journal_path) if self._journal_path.is_file() else ([], 0)
         if self._journal_path.is_file():
             os.truncate(self._journal_path, whole)
-        self._number = max((int(entry["shard"][-9:-4]) for entry in entries), default=0)
-        end = max((entry["offset"] + entry["length"] for entry in entries if entry["shard"] == self._shard_name), default=0)
+        ends: dict[str, int] = {}
+        for entry in entries:
+            ends[entry["shard"]] = max(ends.get(entry["shard"], 0), entry["offset"] + entry["length"])
+        last = max(ends, default="")
+        found: list[bytes] = []
+        for path in sorted(self.folder.glob(f"labels-{self.rank:05d}-*.flb")):
+            if path.name < last:
+                continue
+            end = ends.get(path.name, 0)
+            with open(path, "rb") as file:
+                file.seek(end)
+                rest = file.read()
+            for offset, length, key, tokens in whole_blocks(rest, self._codec):
+                found.append(_entry(path.name, ends.get(path.name, 0) + offset, length, key, tokens))
+                self._keys.add(key)
+                end = ends.get(path.name, 0) + offset + length
+            os.truncate(path, end)
+            last = path.name if end else last
+        if found:
+            with open(self._journal_path, "ab", buffering=0) as journal:
+                _write(journal, b"".join(found))
+        self._number = int(last[-9:-4]) if last else 0
         for path in self.folder.glob(f"labels-{self.rank:05d}-*.flb"):
-            if path.name == self._shard_name:
-                os.truncate(path, end)
-            elif path.name > self._shard_name:
+            if path.name > self._shard_name:
                 path.unlink()
 
     @property
@@ -270,8 +299,7 @@ class SoftLabelAppender:
                 continue
             self._keys.add(key)
             block = pack_block(key, sequence, self._codec, self.header.compression)
-            entry = {"shard": self._shard_name, "offset": offset, "length": len(block), "key": key.hex()}
-            lines.append(journal_line({**entry, "tokens": len(sequence.supervised)}))
+            lines.append(_entry(self._shard_name, offset, len(block), key, len(sequence.supervised)))
             blocks.append(block)
             offset += len(block)
         journal_end = self._journal.seek(0, os.SEEK_END)
@@ -297,6 +325,10 @@ class SoftLabelAppender:
         """Close the files and let others write."""
         for file in (self._shard, self._journal, self._lock):
             file.close()
+
+
+def _entry(shard: str, offset: int, length: int, key: bytes, tokens: int) -> bytes:
+    return journal_line({"shard": shard, "offset": offset, "length": length, "key": key.hex(), "tokens": tokens})
 
 
 def _write(file: Any, data: bytes) -> None:

@@ -134,6 +134,9 @@ def select_labels(
         The kept labels; ``probabilities`` are those of the full softmax, rounded to bfloat16.
     """
     settings.check(weight.shape[0])
+    if not len(labels):
+        nothing = torch.empty(0, device=weight.device, dtype=torch.bfloat16)
+        return SoftLabels(nothing[:, None].int(), nothing[:, None], nothing, nothing, settings.temperature)
     hidden_states = hidden_states.to(weight.dtype)
     buffer = torch.empty(
         min(chunk_tokens, len(labels)),

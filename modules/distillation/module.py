@@ -64,7 +64,7 @@ class SoftLabelDistillation(LanguageModel):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         attn_implementation: str | None = None,
-        loss_chunk_tokens: int = 256,
+        loss_chunk_tokens: int = 192,
         generation: GenerationSettings | None = None,
     ) -> None:
         check_divergence(divergence, remainder)
@@ -105,6 +105,17 @@ class SoftLabelDistillation(LanguageModel):
             self.selection.check(head_weight(teacher).shape[0])
             self._teacher.append(teacher.requires_grad_(False))
         super().configure_model()
+        if self.model is not None and self._teacher:
+            self._check_vocabulary(head_weight(self._teacher[0]).shape[0], "the teacher")
+
+    def _check_vocabulary(self, size: int, whose: str) -> None:
+        assert self.model is not None
+        ours = head_weight(self.model).shape[0]
+        if size != ours:
+            raise InputError(
+                f"The head of source={self.source.name!r} has {ours} rows, that of {whose} {size}: their distributions are not "
+                "over the same ids. Pad the smaller embedding (resize_token_embeddings) and save the model again."
+            )
 
     def soft_targets(self, batch: Batch) -> SoftTargets | None:
         """Return the teacher's side of a batch: its stored labels, else the online teacher's, else None."""
@@ -150,6 +161,9 @@ class SoftLabelDistillation(LanguageModel):
                 "Distillation needs soft labels: use --data SoftLabelDataModule with a store, or name an online teacher "
                 "with --model.teacher."
             )
+        store = getattr(self.trainer.datamodule, "store", None) if stored else None  # type: ignore[attr-defined]
+        if store is not None:
+            self._check_vocabulary(store.header.vocabulary, "the store's teacher")
 
     def _log_training(self, parts: LossParts) -> None:
         super()._log_training(parts)
@@ -163,7 +177,9 @@ class SoftLabelDistillation(LanguageModel):
         return parts
 
     def _log_evaluation(self, stage: str) -> None:
-        if self.mean_kl.update_called:
+        # The same on every rank, or some would wait for others in compute().
+        data = getattr(self.trainer, "datamodule", None)
+        if self.teacher_source is not None or getattr(data, "val_has_soft_labels", self.mean_kl.update_called):
             self.log(f"{stage}_kl", self.mean_kl.compute())
             self.log(f"{stage}_agreement", self.mean_agreement.compute())
         super()._log_evaluation(stage)

@@ -106,6 +106,18 @@ def test_half_written_tail_is_cut_off(tmp_path, cut, extra):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_lost_journal_is_made_anew_from_the_blocks(tmp_path):
+    whole = write(tmp_path / "whole", range(9), shard_bytes=1000)
+    folder = tmp_path / "s"
+    write(folder, range(9), shard_bytes=1000)
+    (folder / "journal-00000.jsonl").unlink()
+    with pytest.raises(StoreError, match="no journal names its last"):
+        list(SoftLabelStore(folder).verify())
+    assert_equal(write(folder, range(9), shard_bytes=1000), range(9))
+    for file in whole.folder.iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
 def test_killed_between_shards(tmp_path):
     whole = write(tmp_path / "whole", range(9), shard_bytes=1000)
     folder = tmp_path / "s"
