@@ -114,7 +114,7 @@ def test_command_line_that_contradicts_the_checkpoint_is_refused(inputs):
     with pytest.raises(InputError, match=r"model\.soft_weight is 0\.5 there, 0\.9 here"):
         fit([*inputs["distillation/student"], "--run=mine", "--ckpt_path=last", "--model.soft_weight=0.9"])
     words = ["validate", "-c", "distillation/student", "--model.source=random:tiny", *inputs["distillation/student"], *QUIET]
-    checkpoint = "runs/distillation-student/mine/checkpoints/last.ckpt"
+    checkpoint = "runs/distillation-student/mine/checkpoints/best.ckpt"
     with pytest.raises(InputError, match=r"model\.divergence"):
         run([*words, f"--ckpt_path={checkpoint}", "--model.divergence=reverse_kl"])
     validated = run([*words, f"--ckpt_path={checkpoint}", "--model.optimizer.lr=1.0", "--run=v"])
@@ -132,7 +132,7 @@ def test_checkpoint_of_the_command_line_loads_in_plain_python(inputs):
     from fulgurite.modules import SoftLabelDistillation
 
     cli = fit([*inputs["distillation/student"], "--run=mine"])
-    path = "runs/distillation-student/mine/checkpoints/last.ckpt"
+    path = "runs/distillation-student/mine/checkpoints/best.ckpt"
     loaded = SoftLabelDistillation.load_from_checkpoint(path, weights_only=True)
     for name, tensor in cli.model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])

@@ -75,6 +75,7 @@ def test_every_command_has_a_help(command):
     assert "usage" in done.stdout.lower()
 
 
+@pytest.mark.slow
 def test_shell_completion_knows_commands_and_options():
     done = fulgurite("--print_completion", "shtab-bash")
     assert done.returncode == 0, done.stderr

@@ -59,7 +59,8 @@ def test_gguf_is_dequantised_once(tmp_path, monkeypatch):
 def write_gguf(gguf, path):
     """Write a random Llama of two layers with the byte tokenizer's vocabulary."""
     tokenizer = tiny_tokenizer()
-    hidden, inner, heads, vocabulary = 32, 64, 4, len(tokenizer)
+    tokens = [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "<|endoftext|>"]  # transformers wants the last
+    hidden, inner, heads, vocabulary = 32, 64, 4, len(tokens)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(hidden)
@@ -71,9 +72,11 @@ def write_gguf(gguf, path):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(vocabulary)))
-    writer.add_token_types([3] * 3 + [1] * (vocabulary - 3))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (vocabulary - 4) + [3])
     writer.add_token_scores([0.0] * vocabulary)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     shapes = {"token_embd.weight": (vocabulary, hidden), "output_norm.weight": (hidden,)}
