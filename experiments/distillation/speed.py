@@ -253,12 +253,19 @@ def speed(*, only: str = "capture,training,memory", rounds: int = 7, results: st
         results: Folder for the result files.
     """
     torch.manual_seed(0)
-    note = f"Batches of {BATCH} blocks of {BLOCK} tokens of package:python-docs, SmolLM2-135M; medians of {rounds} turns."
+    timed = f"Batches of {BATCH} blocks of {BLOCK} tokens of package:python-docs, SmolLM2-135M; medians of {rounds} turns."
+    notes = {"memory": f"Forward and backward of the loss, hidden size 576; the largest of {rounds} turns."}
     for part in only.split(","):
         rows = {"capture": capture, "training": training, "memory": memory}[part](rounds)
         kind = "memory" if part == "memory" else "speed"
         for number, (row, figures) in enumerate(rows):
-            result = {"row": row, "seed": 0, "note": note, "figures": figures, "environment": environment(seed=0)}
+            result = {
+                "row": row,
+                "seed": 0,
+                "note": notes.get(part, timed),
+                "figures": figures,
+                "environment": environment(seed=0),
+            }
             write_json(Path(results) / f"{kind}-{part}-{number}.json", result)
 
 
