@@ -120,7 +120,8 @@ def _capture(root: Path, source: str, data: list[str], common: list[str]) -> dic
     noted = root / "capture.json"
     words = ["predict", "-c", "distillation/capture", "--model.source", source, *data, *common]
     cli = run([*words, f"--trainer.callbacks.store={root / 'labels'}", "--run", "capture"])
-    captured = sum(callback.captured_tokens for callback in cli.trainer.callbacks if isinstance(callback, SoftLabelWriter))
+    found = cli.trainer.callbacks  # type: ignore[attr-defined]
+    captured = next(callback for callback in found if isinstance(callback, SoftLabelWriter)).captured_tokens
     if not noted.is_file() and captured:
         seconds = cli.token_rate.seconds
         write_json(noted, {"capture_seconds": seconds, "capture_tokens_per_second": captured / seconds})
