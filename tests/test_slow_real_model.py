@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,11 @@ def test_real_model_commands_of_the_readme(tmp_path):
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     assert (tmp_path / "runs" / "demo" / "summary.json").is_file()
+    python = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for block in python[1:]:  # the first needs the demo's full length to be worth reading; it runs below
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
     code = (
         "import sys; sys.modules['fulgurite'] = None\n"
         "from transformers import pipeline; print(pipeline('text-generation', 'runs/demo/export')('def read_file(')[0])"
