@@ -200,7 +200,8 @@ def run(words: list[str]) -> FulguriteCLI:
             words[place + 1] = path
     words = resolve_last(words)
     set_parsing_settings(add_print_completion_argument=True, docstring_parse_attribute_docstrings=True)
-    os.environ.pop(_RUN_VARIABLE, None) if "LOCAL_RANK" not in os.environ else None
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop(_RUN_VARIABLE, None)  # of a run before this one
     FulguriteCLI.completing = words[0].startswith("--print_completion")
     return FulguriteCLI(
         parser_kwargs={"prog": "fulgurite"},

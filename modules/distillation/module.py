@@ -1,5 +1,7 @@
 """Distillation of a student from a teacher's stored or online soft labels."""
 
+import logging
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torchmetrics import MeanMetric
@@ -13,6 +15,8 @@ from ..student import StudentSpec
 from .labels import LabelSettings
 from .loss import Divergence, FullVocabularyTargets, KeptLabelTargets, Remainder, check_divergence
 from .teacher import teacher_labels, teacher_states
+
+log = logging.getLogger(__name__)
 
 
 class SoftLabelDistillation(LanguageModel):
@@ -161,6 +165,8 @@ class SoftLabelDistillation(LanguageModel):
                 "Distillation needs soft labels: use --data SoftLabelDataModule with a store, or name an online teacher "
                 "with --model.teacher."
             )
+        if stored and self.selection != LabelSettings():
+            log.warning("model.selection is ignored: the labels were selected when they were stored.")
         store = getattr(self.trainer.datamodule, "store", None) if stored else None  # type: ignore[attr-defined]
         if store is not None:
             self._check_vocabulary(store.header.vocabulary, "the store's teacher")
