@@ -44,7 +44,7 @@ class SoftLabelDistillation(LanguageModel):
         gradient_checkpointing: Compute activations again in the backward pass.
         compile: Compile the student's transformer with ``torch.compile``.
         attn_implementation: Attention function of ``transformers``; its own choice when None.
-        loss_chunk_tokens: Tokens whose logits exist at the same time in the loss.
+        loss_chunk_tokens: Tokens whose logits exist at the same time in the loss; None takes 64 on a CPU, 1024 elsewhere.
         generation: How ``predict`` writes text.
 
     Raises:
@@ -68,7 +68,7 @@ class SoftLabelDistillation(LanguageModel):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         attn_implementation: str | None = None,
-        loss_chunk_tokens: int = 192,
+        loss_chunk_tokens: int | None = None,
         generation: GenerationSettings | None = None,
     ) -> None:
         check_divergence(divergence, remainder)
