@@ -87,6 +87,8 @@ def test_ranks_write_files_of_their_own(tmp_path):
     write(tmp_path / "s", range(3), rank=0)
     store = write(tmp_path / "s", range(2, 6), rank=1)
     assert_equal(store, range(6))
+    lines = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "s").glob("journal-*.jsonl"))]
+    assert lines == [3, 3]  # the sequence that both ranks had is written once
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
