@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fulgurite.errors import InputError
 from fulgurite.modules.pretrained import load_model, load_tokenizer, needs_bos, resolve_source, token_byte_lengths
 

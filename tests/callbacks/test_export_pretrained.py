@@ -2,14 +2,15 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
 from fulgurite.callbacks import ExportPretrained
 from fulgurite.datamodules import TextDataModule
 from fulgurite.errors import InputError
 from fulgurite.modules import LanguageModel, SoftLabelTeacher
 from fulgurite.modules.student import StudentSpec
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 def fit(folder, text_file, *callbacks, **settings):

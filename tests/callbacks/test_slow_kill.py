@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from fulgurite.datamodules.soft_labels import SoftLabelStore
 
 KILLS = 20

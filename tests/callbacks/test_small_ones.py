@@ -1,11 +1,12 @@
 import json
 
 import torch
+from lightning.pytorch import Trainer
+
 from fulgurite.callbacks import TextWriter, TokenRate
 from fulgurite.datamodules import TextDataModule
 from fulgurite.modules import LanguageModel
 from fulgurite.modules.language_model import GenerationSettings
-from lightning.pytorch import Trainer
 
 
 def trainer(folder, *callbacks, **settings):

@@ -1,11 +1,12 @@
 import pytest
+from lightning.pytorch import Trainer
+
 from fulgurite.callbacks import SoftLabelWriter
 from fulgurite.datamodules import InstructionDataModule, TextDataModule
 from fulgurite.datamodules.soft_labels import SoftLabelStore
 from fulgurite.errors import InputError
 from fulgurite.modules import LanguageModel, SoftLabelTeacher
 from fulgurite.modules.distillation import LabelSettings
-from lightning.pytorch import Trainer
 
 
 def capture(folder, data, stop_after=None, **settings):

@@ -3,6 +3,7 @@ import importlib.util
 import json
 
 import pytest
+
 from fulgurite.datamodules import documents
 from fulgurite.datamodules.documents import DataError, check_documents, documents_hash, read_documents
 from fulgurite.datamodules.python_docs import python_docs

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from fulgurite.datamodules import InstructionDataModule
 from fulgurite.errors import InputError
 from fulgurite.modules.tiny import tiny_tokenizer

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+
 from fulgurite.datamodules.loader import EpochSampler, ResumableLoader
 from fulgurite.errors import InputError
 

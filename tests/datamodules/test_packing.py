@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fulgurite.datamodules.packing import PackedBlocks, Stretch, collate, split_documents
 from fulgurite.modules import LanguageModel, SoftLabelTeacher
 from fulgurite.modules.distillation import LabelSettings
 from fulgurite.modules.tiny import tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 class Documents:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fulgurite.datamodules import TextDataModule, token_cache
 from fulgurite.errors import InputError
 

@@ -5,10 +5,11 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
+
 from fulgurite.errors import InputError
 from fulgurite.experiments.cli import run
 from fulgurite.experiments.configs import packaged_configs
-from lightning.pytorch import Callback
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 

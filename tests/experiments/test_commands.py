@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fulgurite.experiments import report
 from fulgurite.experiments.main import COMMANDS, main
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer

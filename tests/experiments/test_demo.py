@@ -1,8 +1,9 @@
 import json
 
 import pytest
-from fulgurite.experiments.main import main
 from transformers import AutoModelForCausalLM
+
+from fulgurite.experiments.main import main
 
 
 def test_demo_of_the_tiny_model(tmp_path, monkeypatch, capsys, text_file):

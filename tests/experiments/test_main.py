@@ -3,6 +3,7 @@ import sys
 import time
 
 import pytest
+
 from fulgurite import __version__
 from fulgurite.errors import InputError
 from fulgurite.experiments.configs import packaged_configs, resolve_config, summary

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from fulgurite.errors import InputError
 from fulgurite.experiments.runs import resolve_last, setting
 

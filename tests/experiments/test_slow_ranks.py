@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from fulgurite.datamodules.soft_labels import SoftLabelStore
 
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=false"]

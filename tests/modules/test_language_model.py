@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Trainer, seed_everything
+
 from fulgurite.datamodules import TextDataModule
 from fulgurite.errors import InputError
 from fulgurite.modules import LanguageModel, SoftLabelDistillation, WarmupCosine
 from fulgurite.modules.language_model import GenerationSettings
 from fulgurite.modules.student import LayerChoice, StudentSpec
-from lightning.pytorch import Trainer, seed_everything
 
 
 def trainer(folder, **settings):

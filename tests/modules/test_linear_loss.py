@@ -1,10 +1,11 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fulgurite.modules.distillation.labels import LabelSettings, SoftLabels, select_labels
 from fulgurite.modules.distillation.loss import FullVocabularyTargets, KeptLabelTargets
 from fulgurite.modules.linear_loss import linear_loss, shift_labels
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 37
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from fulgurite.modules import pretrained
 from fulgurite.modules.pretrained import (
     SourceError,

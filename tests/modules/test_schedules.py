@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fulgurite.errors import InputError
 from fulgurite.modules import WarmupCosine
 

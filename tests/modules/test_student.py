@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fulgurite.errors import InputError
 from fulgurite.modules.student import LayerChoice, StudentSpec, block_influence, build_student, choose_layers
 from fulgurite.modules.tiny import tiny_model

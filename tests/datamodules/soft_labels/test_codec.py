@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from fulgurite.datamodules.soft_labels.codec import PlainCodec, StoredSequence, StoreError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fulgurite.datamodules.soft_labels.codec import PlainCodec, StoredSequence, StoreError
 
 COLUMNS = ("tokens", "starts", "supervised", "counts", "ids", "probabilities", "tail", "realised")
 

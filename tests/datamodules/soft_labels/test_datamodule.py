@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+
 from fulgurite.datamodules import SoftLabelDataModule
 from fulgurite.datamodules.soft_labels import SoftLabelAppender, StoreError, StoreHeader
 from fulgurite.datamodules.soft_labels.store import sequence_layout

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+
 from fulgurite.datamodules.soft_labels import SoftLabelAppender, SoftLabelStore, StoredSequence, StoreError, StoreHeader
 from fulgurite.datamodules.soft_labels import store as module
 from fulgurite.modules.distillation import LabelSettings

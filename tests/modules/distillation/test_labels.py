@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fulgurite.errors import InputError
 from fulgurite.modules.distillation import labels as module
 from fulgurite.modules.distillation.labels import LabelSettings, SoftLabels, select_labels

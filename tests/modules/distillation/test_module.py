@@ -1,5 +1,7 @@
 import pytest
 import torch
+from lightning.pytorch import Trainer, seed_everything
+
 from fulgurite.callbacks import SoftLabelWriter
 from fulgurite.datamodules import SoftLabelDataModule, TextDataModule
 from fulgurite.errors import InputError
@@ -7,7 +9,6 @@ from fulgurite.modules import SoftLabelDistillation, SoftLabelTeacher
 from fulgurite.modules.distillation import LabelSettings
 from fulgurite.modules.student import StudentSpec
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
-from lightning.pytorch import Trainer, seed_everything
 
 
 def trainer(folder, **settings):
