@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from .. import __version__
 from ..datamodules.base import data_hashes
 from ..errors import InputError
-from ..modules.files import atomic_folder
+from ..files import atomic_folder
 from ..modules.language_model import LanguageModel
 
 log = logging.getLogger(__name__)

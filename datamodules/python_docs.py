@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 
 from rich.progress import track
 
-from ..modules.files import cache_folder, write_atomic
+from ..files import cache_folder, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from ..modules.files import atomic_folder, cache_folder, write_json
+from ..files import atomic_folder, cache_folder, write_json
 from ..modules.pretrained import tokenizer_fingerprint
 from .documents import DataError, documents_hash, read_documents
 

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from .. import callbacks, datamodules, modules  # noqa: F401
 from ..datamodules.base import data_hashes
 from ..errors import InputError
-from ..modules.files import write_atomic, write_json
+from ..files import write_atomic, write_json
 from .configs import resolve_config
 from .environment import environment
 from .main import COMMANDS

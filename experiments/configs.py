@@ -9,10 +9,17 @@ from ..errors import InputError, nearest
 ROOT = Path(__file__).parent
 
 
+def data_folder(name: str | None) -> Path:
+    """Return the folder of data sets that was named, else ``shared/data`` beside the checkout."""
+    return Path(name).resolve() if name else ROOT.parent.parent / "shared" / "data"
+
+
 def packaged_configs() -> dict[str, Path]:
     """Return the packaged configs by name (``distillation/student``)."""
     return {
-        str(path.relative_to(ROOT).with_suffix("")): path for path in sorted(ROOT.glob("*/*.yaml")) if path.stem != "benchmark"
+        str(path.relative_to(ROOT).with_suffix("")): path
+        for path in sorted(ROOT.glob("*/*.yaml"))
+        if not path.stem.startswith("benchmark")
     }
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..callbacks import SoftLabelWriter
 from ..datamodules.soft_labels import SoftLabelStore
 from ..errors import InputError
-from ..modules.files import write_json
+from ..files import write_json
 from ..modules.language_model import GenerationSettings
 from ..modules.pretrained import load_model, load_tokenizer
 from .cli import quiet, run

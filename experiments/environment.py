@@ -22,6 +22,7 @@ _PACKAGES = (
     "safetensors",
     "zstandard",
 )
+_RESULTS = ":!experiments/*/results"  # that a benchmark writes results does not change the code of its next cell
 
 
 def environment(
@@ -66,7 +67,10 @@ def _commit() -> dict[str, Any]:
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain", "--untracked-files=no")}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "clean": not git("status", "--porcelain", "--untracked-files=no", "--", ".", _RESULTS),
+        }
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "clean": None}
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "configs": ("configs", "list the packaged configs, or copy one to edit"),
     "generate": ("generate", "text from an exported model, streamed"),
     "labels": ("labels", "statistics and verification of a soft-label store"),
+    "evaluate": ("evaluation.evaluate", "downstream tasks of a model, by lm-eval"),
+    "benchmark": ("benchmarks.command", "a grid of variants and seeds; one result file a cell"),
     "report": ("report", "tables from committed results"),
     "demo": ("demo", "distil a small model from stored soft labels, in a quarter of an hour"),
 }

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics.classification import BinaryCalibrationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
@@ -57,8 +58,10 @@ class GenerationSettings:
 class LanguageModel(LightningModule):
     """A causal language model trained on the next token of packed text or of responses.
 
-    Validation and test log, weighted by tokens over all ranks: ``val_loss`` (nats per token), ``val_perplexity`` and
-    ``val_bits_per_byte``, which compares models with different tokenizers.
+    Validation and test log, weighted by tokens over all ranks: ``val_loss`` (nats per token), ``val_perplexity``,
+    ``val_bits_per_byte``, which compares models with different tokenizers, and ``val_calibration_error``: the mean distance
+    between the probability of the most likely token and how often it is right, over 15 bins of that probability (expected
+    calibration error, Guo et al., arXiv 1706.04599).
 
     Args:
         source: Model to start from: ``package:smollm2-135m-instruct``, a folder, a ``.gguf`` file, a hub id,
@@ -121,6 +124,8 @@ class LanguageModel(LightningModule):
         self._byte_lengths: Tensor | None = None
         # Of validation or test.
         self.mean_loss, self.token_count, self.byte_count = MeanMetric(), SumMetric(), SumMetric()
+        # Of the event "the most likely token is right", whose probability is the confidence.
+        self.calibration_error = BinaryCalibrationError(n_bins=15, validate_args=False)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -213,6 +218,7 @@ class LanguageModel(LightningModule):
         self.mean_loss.update(parts.hard, parts.tokens)
         self.token_count.update(parts.tokens)
         self.byte_count.update(self._byte_lengths[targets[targets != -100]].sum())
+        self.calibration_error.update(parts.confidence, parts.correct)
         return parts
 
     def _log_evaluation(self, stage: str) -> None:
@@ -220,6 +226,7 @@ class LanguageModel(LightningModule):
         self.log(f"{stage}_loss", loss, prog_bar=True)
         self.log(f"{stage}_perplexity", math.exp(min(loss, 700.0)))
         self.log(f"{stage}_bits_per_byte", loss * tokens / max(size, 1) / math.log(2))
+        self.log(f"{stage}_calibration_error", self.calibration_error.compute())
         for module in self.children():
             if isinstance(module, Metric):
                 module.reset()

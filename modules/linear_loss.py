@@ -45,7 +45,7 @@ class SoftChunk(Protocol):
 
 @dataclass
 class LossParts:
-    """Means over the supervised tokens of a batch, in nats where they are losses.
+    """Means over the supervised tokens of a batch, in nats where they are losses, and what calibration is measured by.
 
     Args:
         loss: What is minimised; differentiable.
@@ -53,6 +53,8 @@ class LossParts:
         soft: Divergence from the teacher (without the squared temperature); 0 without soft targets.
         agreement: Share of tokens whose most likely token is the teacher's (the label without soft targets).
         tokens: Number of supervised tokens.
+        confidence: Probability of the most likely token, for every supervised token [tokens].
+        correct: Whether that token is the label [tokens].
     """
 
     loss: Tensor
@@ -60,6 +62,8 @@ class LossParts:
     soft: Tensor
     agreement: Tensor
     tokens: int
+    confidence: Tensor
+    correct: Tensor
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -93,10 +97,10 @@ def linear_loss(
     device = hidden_states.device.type
     chunk_tokens = chunk_tokens or (64 if device == "cpu" else 1024)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    loss, hard, soft, agreement = _LinearLoss.apply(
+    loss, hard, soft, agreement, confidence, correct = _LinearLoss.apply(
         hidden_states, weight, labels, soft_targets, soft_weight, chunk_tokens, dtype, grad
     )
-    return LossParts(loss, hard, soft, agreement, labels.numel())
+    return LossParts(loss, hard, soft, agreement, labels.numel(), confidence, correct)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -111,7 +115,7 @@ class _LinearLoss(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
         grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         device = hidden_states.device
         tokens, vocabulary = labels.numel(), weight.shape[0]
         with torch.autocast(device.type, enabled=False):
@@ -120,6 +124,8 @@ class _LinearLoss(torch.autograd.Function):
             ctx.hidden_gradient = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32) if grad else None
             ctx.weight_gradient = weight.new_zeros(weight.shape, dtype=torch.float32) if grad and weight.requires_grad else None
             sums = torch.zeros(3, device=device, dtype=torch.float64)
+            confidence = torch.empty(tokens, device=device)
+            correct = torch.empty(tokens, device=device, dtype=torch.bool)
             buffer = torch.empty(min(chunk_tokens, tokens), vocabulary, device=device, dtype=torch.float32)
             tempered = soft_targets is not None and soft_targets.temperature != 1.0
             scratch = torch.empty_like(buffer) if tempered else None
@@ -129,15 +135,16 @@ class _LinearLoss(torch.autograd.Function):
                 logits = buffer[:count]
                 _project(states[rows], head, logits)
                 second = None if scratch is None else scratch[:count]
-                _chunk(logits, labels[rows], sums, soft_targets, soft_weight, rows, second, grad)
+                top_ids, confidence[rows] = _chunk(logits, labels[rows], sums, soft_targets, soft_weight, rows, second, grad)
+                correct[rows] = top_ids == labels[rows]
                 if ctx.hidden_gradient is not None:
                     _project_back(logits, states[rows], head, ctx.hidden_gradient[rows], ctx.weight_gradient)
         ctx.tokens, ctx.dtypes, ctx.used = tokens, (hidden_states.dtype, weight.dtype), False
         hard, soft, agreement = (sums / max(tokens, 1)).float().unbind()
         scale = 1.0 if soft_targets is None else soft_targets.temperature**2
         loss = (1 - soft_weight) * hard + soft_weight * scale * soft
-        ctx.mark_non_differentiable(hard, soft, agreement)
-        return loss, hard, soft, agreement
+        ctx.mark_non_differentiable(hard, soft, agreement, confidence, correct)
+        return loss, hard, soft, agreement, confidence, correct
 
     @staticmethod
     @once_differentiable
@@ -194,8 +201,12 @@ def _chunk(
     rows: slice,
     scratch: Tensor | None,
     grad: bool,
-) -> None:
-    """Add a chunk's losses to ``sums`` and turn its logits in place into the gradient of ``tokens * loss``."""
+) -> tuple[Tensor, Tensor]:
+    """Add a chunk's losses to ``sums`` and turn its logits in place into the gradient of ``tokens * loss``.
+
+    Returns:
+        The most likely token and its probability, both [tokens].
+    """
     label_column = labels[:, None]
     label_logits = logits.gather(1, label_column)[:, 0]
     soft = None
@@ -213,7 +224,7 @@ def _chunk(
             _, _, soft_normaliser, soft_inverse = _exponentiate_(scratch)
         sums[1] += soft.loss(soft_normaliser).sum()
     if not grad:
-        return
+        return top_ids, inverse_sum  # the largest term of the sum is 1
     logits.mul_(inverse_sum[:, None])
     hard_weight = 1 - soft_weight if soft is not None else 1.0
     if soft is None or soft_targets is None:
@@ -226,6 +237,7 @@ def _chunk(
         soft.blend_(scratch, 0.0, soft_weight * soft_targets.temperature)
         logits.mul_(hard_weight).add_(scratch)
     logits.scatter_add_(1, label_column, logits.new_full((), -hard_weight).expand_as(label_column))
+    return top_ids, inverse_sum
 
 
 def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from ..errors import InputError, nearest
-from .files import atomic_folder, cache_folder
+from ..files import atomic_folder, cache_folder
 from .tiny import tiny_model, tiny_tokenizer
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import zstandard
 
+from ...files import write_json
 from ...modules.distillation import LabelSettings
-from ...modules.files import write_json
 from .codec import CODECS, Codec, PlainCodec, StoredSequence, StoreError
 
 FORMAT_VERSION = 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from ...modules.files import write_json
+from ...files import write_json
 from ..cli import quiet, run
 from ..environment import environment
 from .compare import Comparison, compare

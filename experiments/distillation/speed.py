@@ -22,9 +22,9 @@ from rich.progress import track
 from ...callbacks.soft_label_writer import to_sequences
 from ...datamodules import SoftLabelDataModule, TextDataModule
 from ...datamodules.soft_labels import SoftLabelAppender, StoreHeader
+from ...files import write_json
 from ...modules import SoftLabelDistillation, SoftLabelTeacher
 from ...modules.distillation import LabelSettings
-from ...modules.files import write_json
 from ...modules.linear_loss import linear_loss
 from ...modules.pretrained import tokenizer_fingerprint
 from ...modules.student import StudentSpec

@@ -1,0 +1,413 @@
+"""A benchmark's YAML, and the jobs that it asks for. Imports nothing heavy.
+
+A *variant* is what a user can run with ``fit``: a config's name and overrides. With a seed it is a *cell*, which ends in one
+result file. A *product* (an adapted teacher, a label store) is made once and used by the cells that name it in braces.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from ...errors import InputError, nearest
+from ..configs import data_folder, resolve_config
+
+EXPERIMENTS = Path(__file__).parent.parent
+PACKAGE = EXPERIMENTS.parent
+SMOKE = "smoke"  # the scale whose results are thrown away
+_PLACE = re.compile(r"\{([\w.-]+)\}")
+_NAME = {"type": "string", "pattern": r"^[a-z0-9][a-z0-9_.-]*$"}
+
+_SETTINGS = {"type": "object"}
+_STEP = {
+    "command": {"enum": ["fit", "validate", "test", "predict", "evaluate", "measure"]},
+    "config": {"type": "string"},
+    "function": {"type": "string"},
+    "set": _SETTINGS,
+    "metrics": {"type": "object", "additionalProperties": {"type": "string"}},
+    "curves": {"type": "array", "items": {"type": "string"}},
+}
+
+
+def _mapping(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "propertyNames": _NAME, "additionalProperties": entry}
+
+
+_SCHEMA = _mapping(
+    {
+        "title": {"type": "string"},
+        "note": {"type": "string"},
+        "equal": {"enum": ["tokens", "seconds", "bytes", "steps"]},
+        "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        "scales": _named(_SETTINGS),
+        "products": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command", "gives")),
+        "common": _mapping({**{key: _STEP[key] for key in ("command", "config", "set", "curves")}, "let": _SETTINGS}),
+        "variants": _named(
+            _mapping(
+                {
+                    **_STEP,
+                    "title": {"type": "string"},
+                    "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                    "disk": {"type": "string"},
+                    "let": _SETTINGS,
+                },
+                "title",
+            )
+        ),
+        "evaluations": _named(_mapping(_STEP, "command", "metrics")),
+        "report": _mapping(
+            {
+                "baseline": {"type": "string"},
+                "columns": _named(
+                    _mapping(
+                        {
+                            "title": {"type": "string"},
+                            "unit": {"type": "string"},
+                            "better": {"enum": ["lower", "higher"]},
+                            "digits": {"type": "integer", "minimum": 0},
+                            "timing": {"type": "boolean"},
+                            "relative": {"enum": ["ratio", "difference"]},
+                        },
+                        "title",
+                    )
+                ),
+                "plots": _named(
+                    _mapping(
+                        {
+                            "kind": {"enum": ["curve", "scatter", "bars"]},
+                            "x": {"type": "string"},
+                            "y": {"type": "string"},
+                            "title": {"type": "string"},
+                        },
+                        "kind",
+                        "y",
+                    )
+                ),
+            },
+            "columns",
+        ),
+    },
+    "title",
+    "note",
+    "equal",
+    "scales",
+    "variants",
+    "report",
+)
+
+
+@dataclass
+class Step:
+    """One command of a job.
+
+    Args:
+        name: Name of its folder inside the job's.
+        command: Command of ``fulgurite``, or ``measure`` for a function of this package.
+        config: Packaged config, where the command takes one.
+        function: ``module:function`` under ``fulgurite.experiments``, for ``measure``; it returns the metrics.
+        settings: Overrides by dotted key; products and folders stand in braces.
+        metrics: {name in the result: name that the command gives}; None keeps all that ``measure`` gives.
+        curves: Logged scalars that are kept for every step.
+    """
+
+    name: str
+    command: str
+    config: str | None
+    function: str | None
+    settings: dict[str, Any]
+    metrics: dict[str, str] | None
+    curves: list[str]
+
+    def words(self) -> list[str]:
+        """Return the words of the command line, places still in braces."""
+        words = [self.command]
+        words += ["-c", self.config] if self.config else []
+        words += [self.function] if self.function else []
+        return words + [f"--{key}={_word(value)}" for key, value in self.settings.items()]
+
+
+@dataclass
+class Job:
+    """A product or a cell.
+
+    Args:
+        name: Its name: a product's, or ``<variant>-<seed>``.
+        steps: What is run, in order.
+        needs: Names of the products that it uses.
+        fingerprint: Hash of what it depends on: commands, configs, code, data, and the fingerprints of its products.
+        variant: The variant of a cell; None for a product.
+        title: The variant's row in tables.
+        seed: The seed.
+        gives: What a product gives, as a path in its first step's folder.
+        disk: Product whose bytes on disk count as the cell's.
+    """
+
+    name: str
+    steps: list[Step]
+    needs: list[str]
+    fingerprint: str = ""
+    variant: str | None = None
+    title: str = ""
+    seed: int = 0
+    gives: str = ""
+    disk: str | None = None
+
+
+@dataclass
+class Benchmark:
+    """A benchmark's YAML at one scale.
+
+    Args:
+        name: ``distillation`` or ``distillation/speed``.
+        scale: Name of the scale.
+        spec: The YAML's content.
+        constants: Settings of the scale that stand in braces elsewhere; ``data`` among them.
+    """
+
+    name: str
+    scale: str
+    spec: dict[str, Any]
+    constants: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def results(self) -> Path:
+        """Folder of the committed results of this scale."""
+        method, _, part = self.name.partition("/")
+        return EXPERIMENTS.joinpath(method, "results", *([part] if part else []), self.scale)
+
+    @property
+    def note(self) -> str:
+        """What stands under the table."""
+        shown = {name: f"{int(value):,}" if str(value).isdigit() else value for name, value in self.constants.items()}
+        return fill(self.spec["note"], {name: value.removeprefix("{data}/") for name, value in shown.items()}, "note").strip()
+
+    def jobs(self, seeds: list[int] | None = None, only: list[str] | None = None) -> list[Job]:
+        """Return products and cells, products first, each after what it needs.
+
+        Args:
+            seeds: Seeds for every variant; None takes the benchmark's.
+            only: Keep the cells whose name or variant is one of these or matches one as a pattern (``fixed-*``).
+
+        Raises:
+            InputError: If a pattern matches no cell, or a name in braces is unknown.
+        """
+        products = {name: self._product(name, entry) for name, entry in self.spec.get("products", {}).items()}
+        cells = [
+            self._cell(variant, entry, seed, products)
+            for variant, entry in self.spec["variants"].items()
+            for seed in seeds or entry.get("seeds") or self.spec.get("seeds", [0])
+        ]
+        if only:
+            cells = _matching(cells, only)
+        order: dict[str, Job] = {}
+        for cell in cells:
+            self._collect(cell, products, order, [])
+        return [job for job in order.values() if job.variant is None] + cells
+
+    def _collect(self, job: Job, products: dict[str, Job], order: dict[str, Job], above: list[str]) -> None:
+        """Add what a job needs, and fill in its fingerprint."""
+        if job.name in above:
+            raise InputError(f"products of benchmark {self.name!r} need each other: {' -> '.join([*above, job.name])}.")
+        for name in job.needs:
+            if name not in order:
+                self._collect(products[name], products, order, [*above, job.name])
+                order[name] = products[name]
+        content = {
+            "steps": [step.words() + sorted((step.metrics or {}).values()) + step.curves for step in job.steps],
+            "seed": job.seed,
+            "configs": [Path(resolve_config(step.config)).read_text("utf-8") for step in job.steps if step.config],
+            "data": self._data_hashes(job),
+            "products": [order[name].fingerprint for name in job.needs],
+            "code": code_version(),
+        }
+        job.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def _data_hashes(self, job: Job) -> dict[str, str]:
+        words = " ".join(word for step in job.steps for word in step.words())
+        hashes = {}
+        for name, value in self.constants.items():
+            if not value.startswith("{data}/") or value not in words:
+                continue
+            path = Path(self.constants["data"]) / value.removeprefix("{data}/")
+            if not path.exists():
+                raise InputError(
+                    f"{name}={str(path)!r} of benchmark {self.name!r} is not there. Name the folder of the data with --data, or "
+                    f"your own with --set.{name}."
+                )
+            hashes[value] = _hash(path)
+        return hashes
+
+    def _product(self, name: str, entry: dict[str, Any]) -> Job:
+        step = self._step(name, entry, {})
+        return Job(name, [step], self._needs([step]), gives=entry["gives"])
+
+    def _cell(self, variant: str, entry: dict[str, Any], seed: int, products: dict[str, Job]) -> Job:
+        common = self.spec.get("common", {})
+        own = {**common, **entry, "set": {**common.get("set", {}), **entry.get("set", {})}}
+        let = {**common.get("let", {}), **entry.get("let", {})}
+        step = self._step("train", own, let)
+        if step.command in ("fit", "validate", "test", "predict"):
+            step.settings = {"seed_everything": seed, **step.settings}
+        elif step.command == "measure":
+            step.settings = {"seed": seed, **step.settings}
+        steps = [step] + [self._step(name, part, let) for name, part in self.spec.get("evaluations", {}).items()]
+        disk = entry.get("disk")
+        if disk is not None and disk not in products:
+            raise InputError(
+                f"variants.{variant}.disk={disk!r} of benchmark {self.name!r} is no product.{nearest(disk, products)}"
+            )
+        needs = self._needs(steps)
+        return Job(f"{variant}-{seed}", steps, needs, variant=variant, title=entry["title"], seed=seed, disk=disk)
+
+    def _step(self, name: str, entry: dict[str, Any], let: dict[str, Any]) -> Step:
+        command = entry.get("command", "fit")
+        where = f"benchmark {self.name!r}, {name}"
+        places = {key: "{" + key + "}" for key in ("data", "run", "model", *self.spec.get("products", {}))}
+        places |= {key: value for key, value in self.constants.items() if key != "data"}
+        for key, value in let.items():
+            places[key] = fill(str(value), places, f"{where}, let: {key}")
+        settings = {
+            key: json.loads(fill(json.dumps(value), places, f"{where}: {key}"))
+            for key, value in entry.get("set", {}).items()
+            if value is not None  # with null, a variant leaves out a common setting
+        }
+        if (command == "measure") != ("function" in entry) or (command not in ("measure", "evaluate")) != ("config" in entry):
+            raise InputError(
+                f"{name} of benchmark {self.name!r} has command={command!r}: measure takes a function (and no config), evaluate "
+                "neither, all others a config."
+            )
+        if "config" in entry:
+            resolve_config(entry["config"])
+        metrics = None if command == "measure" and "metrics" not in entry else entry.get("metrics", {})
+        return Step(name, command, entry.get("config"), entry.get("function"), settings, metrics, entry.get("curves", []))
+
+    def _needs(self, steps: list[Step]) -> list[str]:
+        used = {match for step in steps for word in step.words() for match in _PLACE.findall(word)}
+        return [name for name in self.spec.get("products", {}) if name in used]
+
+
+def available() -> dict[str, Path]:
+    """Return the packaged benchmarks by name."""
+    found = {path.parent.name: path for path in EXPERIMENTS.glob("*/benchmark.yaml")}
+    for path in EXPERIMENTS.glob("*/benchmark-*.yaml"):
+        found[f"{path.parent.name}/{path.stem.removeprefix('benchmark-')}"] = path
+    return dict(sorted(found.items()))
+
+
+def load_benchmark(
+    name: str, scale: str = "cpu", *, data: str | None = None, settings: dict[str, Any] | None = None
+) -> Benchmark:
+    """Read a packaged benchmark.
+
+    Args:
+        name: Its name.
+        scale: One of its scales.
+        data: Folder that ``{data}`` stands for; None takes ``shared/data`` beside the checkout.
+        settings: Other values for settings of the scale.
+
+    Raises:
+        InputError: If the name, the scale or a setting is unknown, or the YAML has a wrong entry.
+    """
+    found = available()
+    if name not in found:
+        raise InputError(f"{name!r} is no benchmark.{nearest(name, found)}")
+    path = found[name]
+    try:
+        spec = yaml.safe_load(path.read_text("utf-8"))
+        jsonschema.validate(spec, _SCHEMA)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no YAML: {error}") from error
+    except jsonschema.ValidationError as error:
+        raise InputError(f"{path}, {error.json_path.removeprefix('$.')}: {error.message}.") from error
+    if scale not in spec["scales"]:
+        raise InputError(f"--scale {scale!r}: benchmark {name!r} has no such scale. Legal: {', '.join(spec['scales'])}.")
+    constants = {key: str(value) for key, value in spec["scales"][scale].items()}
+    for key, value in (settings or {}).items():
+        if key not in constants:
+            raise InputError(f"--set.{key}: scale {scale!r} of benchmark {name!r} has no such setting.{nearest(key, constants)}")
+        constants[key] = str(value)
+    return Benchmark(name, scale, spec, {**constants, "data": str(data_folder(data))})
+
+
+@cache
+def code_version() -> str:
+    """Return a hash of the package's Python sources; it does not change with documents, tests and results."""
+    digest = hashlib.sha256()
+    for folder in ("modules", "datamodules", "callbacks", "experiments"):
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def fill(text: str, values: dict[str, str], where: str) -> str:
+    """Return a text with its places in braces filled in.
+
+    Args:
+        text: The text.
+        values: What the places stand for.
+        where: What the text is, for the message.
+
+    Raises:
+        InputError: If a place stands for nothing.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise InputError(f"{where}: {match[0]} stands for nothing.{nearest(match[1], values)}")
+        return str(values[match[1]])
+
+    return _PLACE.sub(replace, text)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _matching(cells: list[Job], only: list[str]) -> list[Job]:
+    kept = []
+    names = {name for cell in cells for name in (cell.name, str(cell.variant))}
+    for pattern in only:
+        if not any(Path(name).match(pattern) for name in names):
+            raise InputError(f"--only {pattern!r} matches no variant or cell.{nearest(pattern, names)}")
+    for cell in cells:
+        if any(Path(name).match(pattern) for name in (cell.name, str(cell.variant)) for pattern in only):
+            kept.append(cell)
+    return kept
+
+
+def in_order(jobs: list[Job]) -> Iterator[Job]:
+    """Yield jobs so that a cell comes as soon as its products are there."""
+    made: set[str] = set()
+    products = {job.name: job for job in jobs if job.variant is None}
+
+    def first(job: Job) -> Iterator[Job]:
+        for name in job.needs:
+            if name not in made:
+                yield from first(products[name])
+        if job.name not in made:
+            made.add(job.name)
+            yield job
+
+    for job in jobs:
+        if job.variant is not None:
+            yield from first(job)

@@ -1,0 +1,1 @@
+"""What an exported model is good for: downstream tasks by the standard harness, and the prompt templates of its uses."""

@@ -1,0 +1,126 @@
+"""``fulgurite evaluate``: downstream tasks of a model by the EleutherAI evaluation harness (extra ``eval``)."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from ...errors import InputError
+from ...files import write_json
+from ...modules.pretrained import Dtype, load_model, load_tokenizer, model_fingerprint, resolve_source
+from ..configs import data_folder
+from ..environment import environment
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+def evaluate(
+    model: str,
+    tasks: str,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    weights: Dtype = "bfloat16",
+    output: str | None = None,
+) -> dict[str, float]:
+    """Evaluate a model on tasks; the numbers are those of the harness itself.
+
+    Args:
+        model: An exported folder, or any other model source.
+        tasks: Names of tasks, separated by commas. Those with a file of examples in ``data`` are read from there; any other task
+            of the harness is read from the hub.
+        data: Folder of the examples, ``<task>.jsonl``; null takes ``shared/data/icl_eval`` beside the checkout.
+        limit: Take the first examples of every task only.
+        batch_size: Requests that are run at the same time.
+        max_length: Tokens of context at most; null takes the model's.
+        weights: Type of the weights in memory.
+        output: File for the results as JSON.
+
+    Returns:
+        The metrics, by ``<task>.<metric>``.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit} takes no example. Legal: 1 or more, or null for all.")
+    if output is not None and Path(output).exists():
+        raise InputError(f"output={output!r} exists and is left as it is. Give another file.")
+    source = resolve_source(model)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    specs = [_task(name, data_folder(data) if data else data_folder(None) / "icl_eval") for name in names]
+    if not specs:
+        raise InputError(f"tasks={tasks!r} names none. Of local examples there are: {', '.join(local_tasks())}.")
+    harness, wrapper = _harness()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    loaded = load_model(source.name, weights)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    causal = wrapper(
+        pretrained=loaded.to(device),  # type: ignore[arg-type]
+        tokenizer=load_tokenizer(source.name),
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+    )
+    try:
+        found = harness.simple_evaluate(model=causal, tasks=specs, limit=limit, bootstrap_iters=1000, log_samples=False)
+    except (KeyError, ValueError, ConnectionError, OSError) as error:
+        raise InputError(f"tasks={tasks!r}: the harness could not run it ({error}).") from error
+    metrics = {
+        f"{task}.{metric.removesuffix(',none').replace(',', '.')}": float(value)
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, int | float) and metric != "sample_len"
+    }
+    if output:
+        block = {"model": source.title, "fingerprint": model_fingerprint(loaded), "tasks": names, "limit": limit}
+        write_json(Path(output), {"run": block, "metrics": metrics, "environment": environment()})
+    return metrics
+
+
+def local_tasks() -> dict[str, Path]:
+    """Return the task files that are packaged, by name."""
+    return {path.stem: path for path in sorted(TASKS.glob("*.yaml"))}
+
+
+def _task(name: str, folder: Path) -> dict[str, Any] | str:
+    examples = folder / f"{name}.jsonl"
+    packaged = local_tasks()
+    if name not in packaged:
+        return name
+    if not examples.is_file():
+        raise InputError(f"tasks: {name!r} needs {examples}, which is not there. Name the folder of the examples with --data.")
+    spec = yaml.safe_load(packaged[name].read_text("utf-8"))
+    return {**spec, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(examples)}}, "test_split": "test"}
+
+
+def _harness() -> tuple[Any, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise InputError("evaluate needs the extra eval: pip install 'fulgurite[eval]'.") from error
+    return lm_eval, HFLM
+
+
+def evaluate_words(words: list[str]) -> dict[str, float]:
+    """Return the metrics for the options of a command line."""
+    return auto_cli(evaluate, args=words, prog="fulgurite evaluate", as_positional=False)
+
+
+def main(arguments: list[str]) -> None:
+    """Run ``evaluate`` with the words of a command line, and show its table."""
+    metrics = evaluate_words(arguments)
+    table = Table()
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(*name.split(".", 1), f"{value:.4f}")
+    Console().print(table)

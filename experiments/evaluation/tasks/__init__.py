@@ -1,0 +1,1 @@
+"""Task files of the evaluation harness over local JSON lines."""
