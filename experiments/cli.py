@@ -1,17 +1,19 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with run folders and checkpoints that are not confused."""
 
 import importlib
+import io
 import logging
 import os
 import pickle
 import warnings
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -53,11 +55,11 @@ def other_parsers() -> dict[str, ArgumentParser]:
     """Return parsers of the commands that the dispatcher answers itself, so that the shell completes them too."""
     parsers = {name: ArgumentParser() for name, (module, _) in COMMANDS.items() if module != "cli"}
     parsers["configs"].add_argument("--copy", help="Name of a config and a folder.")
-    parsers["report"].add_argument("--write", action="store_true", help="Fill the tables of the documents.")
     parsers["labels"].add_argument("action", choices=["stats", "verify"], help="What to do with the store.")
-    for name in ("generate", "demo"):
-        module = importlib.import_module(f".{name}", __package__)
+    for name in ("generate", "evaluate", "benchmark", "report", "sweep", "demo"):
+        module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
         parsers[name].add_function_arguments(getattr(module, name))
+    parsers["report"].add_argument("--write", action="store_true", help="Fill the tables of the documents.")
     return parsers
 
 
@@ -179,18 +181,8 @@ def _shared_run_name() -> str:
     return os.environ.setdefault(_RUN_VARIABLE, new_run_name())
 
 
-def run(words: list[str]) -> FulguriteCLI:
-    """Run a command in this process; a command may be run after another.
-
-    Args:
-        words: ``fit``, ``validate``, ``test`` or ``predict`` with its options.
-
-    Returns:
-        The command line's object, with its trainer, model and data.
-
-    Raises:
-        InputError: If a config, run or checkpoint is not there or contradicts the command line.
-    """
+def _resolved(words: list[str]) -> list[str]:
+    """Return words with the names of packaged configs replaced by their files."""
     words = list(words)
     for place, name in flag_values(words, "-c", "--config"):
         path = resolve_config(name)
@@ -198,7 +190,23 @@ def run(words: list[str]) -> FulguriteCLI:
             words[place] = f"--config={path}"
         else:
             words[place + 1] = path
-    words = resolve_last(words)
+    return words
+
+
+def run(words: list[str], *, callbacks: list[Callback] | None = None) -> FulguriteCLI:
+    """Run a command in this process; a command may be run after another.
+
+    Args:
+        words: ``fit``, ``validate``, ``test`` or ``predict`` with its options.
+        callbacks: More callbacks for the Trainer; they are not part of the run's config.
+
+    Returns:
+        The command line's object, with its trainer, model and data.
+
+    Raises:
+        InputError: If a config, run or checkpoint is not there or contradicts the command line.
+    """
+    words = resolve_last(_resolved(words))
     set_parsing_settings(add_print_completion_argument=True, docstring_parse_attribute_docstrings=True)
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_RUN_VARIABLE, None)  # of a run before this one
@@ -207,10 +215,44 @@ def run(words: list[str]) -> FulguriteCLI:
         parser_kwargs={"prog": "fulgurite"},
         save_config_callback=RunRecord,
         save_config_kwargs={"command": words},
+        trainer_defaults={"callbacks": callbacks or []},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=words,
     )
+
+
+class _ParsedOnly(FulguriteCLI):
+    """The command line up to the parsed settings: nothing is made, nothing runs."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parse(words: list[str]) -> Namespace:
+    """Return the settings that the words of a command line mean, defaults included.
+
+    Args:
+        words: ``fit``, ``validate``, ``test`` or ``predict`` with its options.
+
+    Raises:
+        InputError: If the command line would not take them.
+    """
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            cli = _ParsedOnly(
+                parser_kwargs={"prog": "fulgurite"},
+                save_config_callback=None,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                args=_resolved(words),
+            )
+        except SystemExit:
+            raise InputError(said.getvalue().strip().rpartition("error: ")[2]) from None
+    return cli.config[words[0]]
 
 
 def quiet() -> None:

@@ -15,12 +15,18 @@ def data_folder(name: str | None) -> Path:
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Return the packaged configs by name (``distillation/student``)."""
-    return {
-        str(path.relative_to(ROOT).with_suffix("")): path
-        for path in sorted(ROOT.glob("*/*.yaml"))
-        if not path.stem.startswith("benchmark")
-    }
+    """Return the packaged configs of ``fit``, ``validate``, ``test`` and ``predict`` by name (``distillation/student``)."""
+    return {name: path for name, path in _packaged().items() if not path.stem.startswith("sweep")}
+
+
+def packaged_sweeps() -> dict[str, Path]:
+    """Return the packaged configs of ``sweep`` by name (``distillation/sweep``)."""
+    return {name: path for name, path in _packaged().items() if path.stem.startswith("sweep")}
+
+
+def _packaged() -> dict[str, Path]:
+    paths = [path for path in sorted(ROOT.glob("*/*.yaml")) if not path.stem.startswith("benchmark")]
+    return {str(path.relative_to(ROOT).with_suffix("")): path for path in paths}
 
 
 def resolve_config(name: str) -> str:
@@ -31,7 +37,7 @@ def resolve_config(name: str) -> str:
     """
     if Path(name).is_file():
         return name
-    configs = packaged_configs()
+    configs = _packaged()
     if name in configs:
         return str(configs[name])
     raise InputError(f"-c {name!r} is neither a file nor a packaged config.{nearest(name, configs)}")
@@ -46,7 +52,7 @@ def summary(path: Path) -> str:
 def main(arguments: list[str]) -> None:
     """List the packaged configs, or copy one to edit: ``configs [--copy NAME FOLDER]``."""
     if not arguments:
-        configs = packaged_configs()
+        configs = _packaged()
         width = max(map(len, configs))
         for name, path in configs.items():
             print(f"{name:{width}}  {summary(path)}")

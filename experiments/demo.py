@@ -24,7 +24,7 @@ from ..modules.pretrained import load_model, load_tokenizer
 from .cli import quiet, run
 from .distillation.compare import Comparison, compare
 from .environment import environment
-from .generate import continue_text
+from .evaluation.generate import continue_text
 
 STUDENTS = {"hard": ("hard labels", 0.0), "half": ("half soft labels", 0.5)}
 PROMPT = "Return a new array of given shape and type,"

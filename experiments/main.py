@@ -15,11 +15,12 @@ COMMANDS = {
     "test": ("cli", "figures of a model on test data"),
     "predict": ("cli", "write text, or capture a teacher's soft labels"),
     "configs": ("configs", "list the packaged configs, or copy one to edit"),
-    "generate": ("generate", "text from an exported model, streamed"),
+    "generate": ("evaluation.generate", "text, code, a translation or a class from a model"),
     "labels": ("labels", "statistics and verification of a soft-label store"),
+    "sweep": ("sweep", "a search over settings, by Optuna"),
     "evaluate": ("evaluation.evaluate", "downstream tasks of a model, by lm-eval"),
     "benchmark": ("benchmarks.command", "a grid of variants and seeds; one result file a cell"),
-    "report": ("report", "tables from committed results"),
+    "report": ("benchmarks.report", "tables and plots from result files"),
     "demo": ("demo", "distil a small model from stored soft labels, in a quarter of an hour"),
 }
 

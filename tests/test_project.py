@@ -78,7 +78,10 @@ def test_constraints_satisfy_the_ranges():
             name, _, version = line.partition("==")
             pinned[canonicalize_name(name)] = version
     extras = PROJECT["project"]["optional-dependencies"]
-    for text in [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["data"]]:
+    for text in [
+        *PROJECT["project"]["dependencies"],
+        *sum((extras[name] for name in ("dev", "data", "report", "sweep", "eval")), []),
+    ]:
         requirement = Requirement(text)
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{text} does not admit the tested {version}"

@@ -52,7 +52,7 @@ _SCHEMA = _mapping(
         "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
         "scales": _named(_SETTINGS),
         "products": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command", "gives")),
-        "common": _mapping({**{key: _STEP[key] for key in ("command", "config", "set", "curves")}, "let": _SETTINGS}),
+        "common": _mapping({**{key: _STEP[key] for key in ("command", "config", "function", "set", "curves")}, "let": _SETTINGS}),
         "variants": _named(
             _mapping(
                 {
@@ -60,6 +60,7 @@ _SCHEMA = _mapping(
                     "title": {"type": "string"},
                     "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
                     "disk": {"type": "string"},
+                    "group": {"type": "string"},
                     "let": _SETTINGS,
                 },
                 "title",
@@ -100,7 +101,6 @@ _SCHEMA = _mapping(
     },
     "title",
     "note",
-    "equal",
     "scales",
     "variants",
     "report",
@@ -192,8 +192,8 @@ class Benchmark:
         shown = {name: f"{int(value):,}" if str(value).isdigit() else value for name, value in self.constants.items()}
         return fill(self.spec["note"], {name: value.removeprefix("{data}/") for name, value in shown.items()}, "note").strip()
 
-    def jobs(self, seeds: list[int] | None = None, only: list[str] | None = None) -> list[Job]:
-        """Return products and cells, products first, each after what it needs.
+    def cells(self, seeds: list[int] | None = None, only: list[str] | None = None) -> list[Job]:
+        """Return the cells, without their fingerprints; reads no data.
 
         Args:
             seeds: Seeds for every variant; None takes the benchmark's.
@@ -202,18 +202,29 @@ class Benchmark:
         Raises:
             InputError: If a pattern matches no cell, or a name in braces is unknown.
         """
-        products = {name: self._product(name, entry) for name, entry in self.spec.get("products", {}).items()}
         cells = [
-            self._cell(variant, entry, seed, products)
+            self._cell(variant, entry, seed)
             for variant, entry in self.spec["variants"].items()
             for seed in seeds or entry.get("seeds") or self.spec.get("seeds", [0])
         ]
-        if only:
-            cells = _matching(cells, only)
+        return _matching(cells, only) if only else cells
+
+    def jobs(self, seeds: list[int] | None = None, only: list[str] | None = None) -> list[Job]:
+        """Return the products that are needed and the cells, each after what it needs.
+
+        Args:
+            seeds: As for ``cells``.
+            only: As for ``cells``.
+
+        Raises:
+            InputError: As for ``cells``; and if data is not there, or products need each other.
+        """
+        products = {name: self._product(name, entry) for name, entry in self.spec.get("products", {}).items()}
+        cells = self.cells(seeds, only)
         order: dict[str, Job] = {}
         for cell in cells:
             self._collect(cell, products, order, [])
-        return [job for job in order.values() if job.variant is None] + cells
+        return [*order.values(), *cells]
 
     def _collect(self, job: Job, products: dict[str, Job], order: dict[str, Job], above: list[str]) -> None:
         """Add what a job needs, and fill in its fingerprint."""
@@ -252,7 +263,8 @@ class Benchmark:
         step = self._step(name, entry, {})
         return Job(name, [step], self._needs([step]), gives=entry["gives"])
 
-    def _cell(self, variant: str, entry: dict[str, Any], seed: int, products: dict[str, Job]) -> Job:
+    def _cell(self, variant: str, entry: dict[str, Any], seed: int) -> Job:
+        products = self.spec.get("products", {})
         common = self.spec.get("common", {})
         own = {**common, **entry, "set": {**common.get("set", {}), **entry.get("set", {})}}
         let = {**common.get("let", {}), **entry.get("let", {})}

@@ -1,6 +1,4 @@
-"""Speed and memory of capture, of the loss and of training from a store. Writes one result file a row.
-
-    python -m fulgurite.experiments.distillation.speed [--only capture,training,memory]
+"""Speed and memory of capture, of the loss and of training from a store; measured by ``benchmark distillation/speed``.
 
 Every pair that is compared runs in turns in one process on the same batches; the figures are medians, the ratios medians of the
 ratios of neighbours.
@@ -13,25 +11,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from rich.progress import track
 
 from ...callbacks.soft_label_writer import to_sequences
 from ...datamodules import SoftLabelDataModule, TextDataModule
 from ...datamodules.soft_labels import SoftLabelAppender, StoreHeader
-from ...files import write_json
 from ...modules import SoftLabelDistillation, SoftLabelTeacher
 from ...modules.distillation import LabelSettings
 from ...modules.linear_loss import linear_loss
-from ...modules.pretrained import tokenizer_fingerprint
+from ...modules.pretrained import load_config, tokenizer_fingerprint
 from ...modules.student import StudentSpec
-from ..environment import environment
 
-SOURCE = "package:smollm2-135m-instruct"
-RESULTS = Path(__file__).parent / "results"
 BLOCK, BATCH = 512, 2
 
 
@@ -50,23 +43,24 @@ def pairs(first: Callable[[], None], second: Callable[[], None], rounds: int, wh
     return statistics.median(one), statistics.median(two), statistics.median(a / b for a, b in zip(one, two))
 
 
-def batches(count: int) -> list[dict[str, Any]]:
+def batches(source: str, count: int) -> list[dict[str, Any]]:
     """Return the first training batches of the embedded text."""
     data = TextDataModule(
-        tokenizer=SOURCE, block_size=BLOCK, batch_size=BATCH, train_tokens=BLOCK * BATCH * count, val_fraction=0
+        tokenizer=source, block_size=BLOCK, batch_size=BATCH, train_tokens=BLOCK * BATCH * count, val_fraction=0
     )
     data.prepare_data()
     data.setup()
     return list(data.train_dataloader())
 
 
-def capture(rounds: int) -> list[tuple[str, dict[str, Any]]]:
+def capture(*, seed: int, rounds: int, source: str) -> dict[str, float]:
     """Labelling and writing a batch against a bare forward pass of the same model."""
-    teacher = SoftLabelTeacher(SOURCE)
+    torch.manual_seed(seed)
+    teacher = SoftLabelTeacher(source)
     teacher.configure_model()
     model = teacher.model
     assert model is not None
-    given = batches(4)
+    given = batches(source, 4)
     with tempfile.TemporaryDirectory() as folder:
         appender = SoftLabelAppender(Path(folder) / "store", _header(teacher))
         turn = [0]
@@ -88,12 +82,16 @@ def capture(rounds: int) -> list[tuple[str, dict[str, Any]]]:
 
         seconds, reference, ratio = pairs(label, bare, rounds, "capture")
         appender.close()
-    return [("capture of 50 labels, against a bare model(**batch)", _figures(seconds, reference, 1 / ratio))]
+    return _figures(seconds, reference, ratio)
 
 
 def _figures(seconds: float, reference: float, ratio: float) -> dict[str, float]:
     tokens = BLOCK * BATCH
-    return {"tokens/s": tokens / seconds, "tokens/s of the other": tokens / reference, "times as fast": ratio}
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_second_of_the_other": tokens / reference,
+        "times_as_fast": 1 / ratio,
+    }
 
 
 def _header(teacher: SoftLabelTeacher) -> StoreHeader:
@@ -112,11 +110,12 @@ class Steps:
     """Training steps of one student, in bf16-mixed.
 
     Args:
+        source: Teacher, of which the student is made.
         spec: The student.
     """
 
-    def __init__(self, spec: StudentSpec) -> None:
-        self.student = SoftLabelDistillation(SOURCE, student=spec, teacher=SOURCE, selection=LabelSettings(selection="full"))
+    def __init__(self, source: str, spec: StudentSpec) -> None:
+        self.student = SoftLabelDistillation(source, student=spec, teacher=source, selection=LabelSettings(selection="full"))
         self.student.configure_model()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4)
         self.count = 0
@@ -142,42 +141,37 @@ class Steps:
         return self.student.model(**inputs, use_cache=False).loss
 
 
-def training(rounds: int) -> list[tuple[str, dict[str, Any]]]:
-    """A training step on stored labels against hard labels through transformers' loss, and against an online teacher."""
-    # A student of 22 layers as in the demo; and one with an eighth of the teacher's 134.5 M parameters, head included.
-    small = {"hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 6}
-    students = {
-        "106 M": StudentSpec([*range(20), 28, 29]),
-        "17 M": StudentSpec(fresh={**small, "num_key_value_heads": 3, "head_dim": 48}),
-    }
-    given = batches(4)
-    rows: list[tuple[str, dict[str, Any]]] = []
+# Shapes of a student with an eighth of the teacher's 134.5 M parameters, head included.
+_SMALL = {"hidden_size": 288, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 6}
+
+
+def training(
+    *, seed: int, rounds: int, source: str, student: Literal["keep", "fresh"], against: Literal["hard", "online"]
+) -> dict[str, float]:
+    """A training step on stored labels against hard labels through transformers' loss, or against an online teacher."""
+    torch.manual_seed(seed)
+    layers = load_config(source).num_hidden_layers
+    kept = [*range(layers - 10), layers - 2, layers - 1] if layers > 12 else [0, layers - 1]  # 22 of 30, as in the demo
+    fresh = {**_SMALL, "num_key_value_heads": 3, "head_dim": 48}
+    steps = Steps(source, StudentSpec(kept) if student == "keep" else StudentSpec(fresh=fresh))
+    given = batches(source, 4)
     with tempfile.TemporaryDirectory() as folder:
-        _fill_store(Path(folder) / "store", given)
-        data = SoftLabelDataModule(str(Path(folder) / "store"), val_fraction=0, tokenizer=SOURCE, batch_size=BATCH)
+        _fill_store(source, Path(folder) / "store", given)
+        data = SoftLabelDataModule(str(Path(folder) / "store"), val_fraction=0, tokenizer=source, batch_size=BATCH)
         data.setup()
         assert data.store is not None
         store, keys = data.store, data.store.keys[:BATCH]
         decode = _median(lambda: [store.example(key) for key in keys], 5)
         stored = list(data.train_dataloader())
-        for name, spec in students.items():
-            steps = Steps(spec)
-            row = f"training of {name} on stored labels, against "
-            one, other, ratio = pairs(
-                partial(steps.step, steps.ours, stored), partial(steps.step, steps.theirs, given), rounds, f"{name}, hard labels"
-            )
-            rows.append((row + "hard labels by transformers' loss", _figures(one, other, 1 / ratio)))
-            share = {"share of the step": decode / one}
-            rows.append((f"reading of stored labels, training of {name}", {"tokens/s": BLOCK * BATCH / decode, **share}))
-            one, other, ratio = pairs(
-                partial(steps.step, steps.ours, stored), partial(steps.step, steps.ours, given), rounds, f"{name}, online"
-            )
-            rows.append((row + "an online teacher", _figures(one, other, 1 / ratio)))
-    return rows
+    other = steps.theirs if against == "hard" else steps.ours
+    seconds, reference, ratio = pairs(
+        partial(steps.step, steps.ours, stored), partial(steps.step, other, given), rounds, f"{student}, {against}"
+    )
+    return {**_figures(seconds, reference, ratio), "share_of_reading": decode / seconds}
 
 
-def _fill_store(folder: Path, given: list[dict[str, Any]]) -> None:
-    teacher = SoftLabelTeacher(SOURCE)
+def _fill_store(source: str, folder: Path, given: list[dict[str, Any]]) -> None:
+    teacher = SoftLabelTeacher(source)
     teacher.configure_model()
     appender = SoftLabelAppender(folder, _header(teacher))
     for batch in given:
@@ -220,9 +214,12 @@ def extra_memory(function: Callable[[], Any]) -> int:
     return max(peak[0] - base, 0)
 
 
-def memory(rounds: int) -> list[tuple[str, dict[str, Any]]]:
-    """Peak extra memory of forward and backward of the loss at T = 1024, V = 49152, against full logits."""
-    tokens, hidden, vocabulary = 1024, 576, 49152
+def memory(
+    *, seed: int, rounds: int, precision: Literal["float32", "bf16-mixed"], tokens: int, vocabulary: int
+) -> dict[str, float]:
+    """Peak extra memory of forward and backward of the loss, against full logits; the largest of all turns, in MiB."""
+    torch.manual_seed(seed)
+    hidden = 576
     states = torch.randn(tokens, hidden, requires_grad=True)
     weight = (torch.randn(vocabulary, hidden) * 0.02).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,))
@@ -234,40 +231,7 @@ def memory(rounds: int) -> list[tuple[str, dict[str, Any]]]:
     def full() -> None:
         torch.nn.functional.cross_entropy((states @ weight.t()).float(), labels).backward()
 
-    rows = []
-    for precision in ("float32", "bf16-mixed"):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
-            one = max(extra_memory(ours) for _ in range(rounds))
-            other = max(extra_memory(full) for _ in range(rounds))
-        figures = {"peak extra MiB": one / 2**20, "with full logits": other / 2**20, "share": one / other}
-        rows.append((f"loss, 1024 tokens, 49152 words, {precision}", figures))
-    return rows
-
-
-def speed(*, only: str = "capture,training,memory", rounds: int = 7, results: str = str(RESULTS)) -> None:
-    """Measure and write the results.
-
-    Args:
-        only: Parts to measure, separated by commas.
-        rounds: Timed turns of each.
-        results: Folder for the result files.
-    """
-    torch.manual_seed(0)
-    timed = f"Batches of {BATCH} blocks of {BLOCK} tokens of package:python-docs, SmolLM2-135M; medians of {rounds} turns."
-    notes = {"memory": f"Forward and backward of the loss, hidden size 576; the largest of {rounds} turns."}
-    for part in only.split(","):
-        rows = {"capture": capture, "training": training, "memory": memory}[part](rounds)
-        kind = "memory" if part == "memory" else "speed"
-        for number, (row, figures) in enumerate(rows):
-            result = {
-                "row": row,
-                "seed": 0,
-                "note": notes.get(part, timed),
-                "figures": figures,
-                "environment": environment(seed=0),
-            }
-            write_json(Path(results) / f"{kind}-{part}-{number}.json", result)
-
-
-if __name__ == "__main__":
-    auto_cli(speed, as_positional=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+        one = max(extra_memory(ours) for _ in range(rounds))
+        other = max(extra_memory(full) for _ in range(rounds))
+    return {"extra_mib": one / 2**20, "full_logits_mib": other / 2**20, "share": one / other}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ...files import write_json
 from ...modules.pretrained import Dtype, load_model, load_tokenizer, model_fingerprint, resolve_source
 from ..configs import data_folder
 from ..environment import environment
+from .humaneval import NAME, find_problems, human_eval
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -29,6 +31,7 @@ def evaluate(
     batch_size: int = 16,
     max_length: int | None = None,
     weights: Dtype = "bfloat16",
+    execute: bool = False,
     output: str | None = None,
 ) -> dict[str, float]:
     """Evaluate a model on tasks; the numbers are those of the harness itself.
@@ -36,12 +39,14 @@ def evaluate(
     Args:
         model: An exported folder, or any other model source.
         tasks: Names of tasks, separated by commas. Those with a file of examples in ``data`` are read from there; any other task
-            of the harness is read from the hub.
+            of the harness is read from the hub. ``humaneval`` is ours, from HumanEval's own file.
         data: Folder of the examples, ``<task>.jsonl``; null takes ``shared/data/icl_eval`` beside the checkout.
         limit: Take the first examples of every task only.
         batch_size: Requests that are run at the same time.
         max_length: Tokens of context at most; null takes the model's.
         weights: Type of the weights in memory.
+        execute: Run what the model writes, which ``humaneval`` needs, in a process with little time and memory. That is no jail:
+            only do it with models that you trust.
         output: File for the results as JSON.
 
     Returns:
@@ -52,31 +57,25 @@ def evaluate(
     if output is not None and Path(output).exists():
         raise InputError(f"output={output!r} exists and is left as it is. Give another file.")
     source = resolve_source(model)
+    folder = data_folder(data) if data else data_folder(None) / "icl_eval"
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    specs = [_task(name, data_folder(data) if data else data_folder(None) / "icl_eval") for name in names]
-    if not specs:
-        raise InputError(f"tasks={tasks!r} names none. Of local examples there are: {', '.join(local_tasks())}.")
-    harness, wrapper = _harness()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded = load_model(source.name, weights)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    causal = wrapper(
-        pretrained=loaded.to(device),  # type: ignore[arg-type]
-        tokenizer=load_tokenizer(source.name),
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-    )
-    try:
-        found = harness.simple_evaluate(model=causal, tasks=specs, limit=limit, bootstrap_iters=1000, log_samples=False)
-    except (KeyError, ValueError, ConnectionError, OSError) as error:
-        raise InputError(f"tasks={tasks!r}: the harness could not run it ({error}).") from error
-    metrics = {
-        f"{task}.{metric.removesuffix(',none').replace(',', '.')}": float(value)
-        for task, values in found["results"].items()
-        for metric, value in values.items()
-        if isinstance(value, int | float) and metric != "sample_len"
-    }
+    if not names:
+        raise InputError(f"tasks={tasks!r} names none. With local examples there are: {', '.join([*local_tasks(), NAME])}.")
+    if (NAME in names) != execute:
+        raise InputError(
+            f"tasks={tasks!r}: {NAME} and --execute true go together: generated code is only run on the explicit flag."
+        )
+    problems = find_problems(folder) if NAME in names else None
+    specs = [_task(name, folder) for name in names if name != NAME]
+    harness = _harness() if specs else None
+    loaded = load_model(source.name, weights).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(source.name)
+    metrics = {} if problems is None else human_eval(loaded, tokenizer, problems, limit)
+    if harness is not None:
+        causal = harness.wrapper(
+            pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(loaded.device)
+        )
+        metrics |= _run_harness(harness, causal, specs, limit)
     if output:
         block = {"model": source.title, "fingerprint": model_fingerprint(loaded), "tasks": names, "limit": limit}
         write_json(Path(output), {"run": block, "metrics": metrics, "environment": environment()})
@@ -99,14 +98,34 @@ def _task(name: str, folder: Path) -> dict[str, Any] | str:
     return {**spec, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(examples)}}, "test_split": "test"}
 
 
-def _harness() -> tuple[Any, Any]:
+@dataclass
+class _Harness:
+    evaluate: Any
+    wrapper: Any
+
+
+def _harness() -> _Harness:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise InputError("evaluate needs the extra eval: pip install 'fulgurite[eval]'.") from error
-    return lm_eval, HFLM
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return _Harness(lm_eval.simple_evaluate, HFLM)
+
+
+def _run_harness(harness: _Harness, causal: Any, specs: list[Any], limit: int | None) -> dict[str, float]:
+    try:
+        found = harness.evaluate(model=causal, tasks=specs, limit=limit, bootstrap_iters=1000, log_samples=False)
+    except (KeyError, ValueError, ConnectionError, OSError) as error:
+        raise InputError(f"tasks: the harness could not run {[s for s in specs if isinstance(s, str)]} ({error}).") from error
+    return {
+        f"{task}.{metric.removesuffix(',none').replace(',', '.')}": float(value)
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, int | float) and metric != "sample_len"
+    }
 
 
 def evaluate_words(words: list[str]) -> dict[str, float]:

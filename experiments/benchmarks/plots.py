@@ -1,0 +1,133 @@
+"""Plots of results by matplotlib (extra ``report``), readable in black and white; the same results give the same bytes."""
+
+import io
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any
+
+from ...errors import InputError
+from .plan import Benchmark
+from .report import Row, make_report
+
+_MARKS = "osD^vP*Xh<>d"
+_DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
+_SMOOTH = 0.1  # of a curve's points that a moving average covers
+
+
+def draw(plan: Benchmark, results: list[dict[str, Any]], key: str, kind: str) -> bytes:
+    """Return one of a benchmark's plots as the bytes of a picture.
+
+    Args:
+        plan: The benchmark; ``report.plots`` says what it shows.
+        results: Its results.
+        key: The plot's name there.
+        kind: ``svg`` or ``png``.
+
+    Raises:
+        InputError: If matplotlib is missing, or the plot needs a metric or curve that no result has.
+    """
+    entry = plan.spec["report"]["plots"][key]
+    drawers: dict[str, Callable[..., None]] = {"scatter": _scatter, "bars": _bars, "curve": _curve}
+    title = entry.get("title", plan.spec["title"])
+    return picture(lambda axes: drawers[entry["kind"]](axes, plan, results, entry), title, kind)
+
+
+def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 4.2) -> bytes:
+    """Return a picture's bytes.
+
+    Args:
+        fill: Draws into matplotlib axes.
+        title: Stands above.
+        kind: ``svg`` or ``png``.
+        height: In inches.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("Plots need the extra report: pip install 'fulgurite[report]'.") from error
+    buffer = io.BytesIO()
+    # Nothing that changes from call to call may get into the file.
+    with matplotlib.rc_context({"svg.hashsalt": "fulgurite", "svg.fonttype": "path", "font.size": 9}):
+        figure = Figure(figsize=(7.2, height), layout="constrained")
+        axes = figure.add_subplot()
+        fill(axes)
+        axes.set_title(title)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return buffer.getvalue()
+
+
+def draw_bars(axes: Any, titles: list[str], values: list[float], label: str, spreads: list[float] | None = None) -> None:
+    """Draw horizontal bars, the first on top."""
+    errors = None if spreads is None else spreads[::-1]
+    axes.barh(titles[::-1], values[::-1], xerr=errors, color="0.8", edgecolor="black", capsize=2)
+    axes.set_xlabel(label)
+
+
+def _rows(plan: Benchmark, results: list[dict[str, Any]], *keys: str) -> list[Row]:
+    report = make_report(plan, results, mixed=True)
+    for key in keys:
+        if key not in report.columns:
+            raise InputError(f"plots of benchmark {plan.name!r}: {key!r} is no column of its report.")
+    return [row for row in report.rows if all(row.cells[key].mean is not None for key in keys)]
+
+
+def _label(plan: Benchmark, key: str) -> str:
+    column = plan.spec["report"]["columns"].get(key, {"title": key.replace("_", " ")})
+    text = f"{column['title']} ({column['unit']})" if "unit" in column else column["title"]
+    return f"{text}, {column['better']} is better" if "better" in column else text
+
+
+def _scatter(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """One point a variant, with the spread over its seeds; a grey line joins those that no other beats in both."""
+    x, y = entry["x"], entry["y"]
+    rows = _rows(plan, results, x, y)
+    columns = plan.spec["report"]["columns"]
+    signs = [1 if columns[key].get("better", "lower") == "lower" else -1 for key in (x, y)]
+    points = [(row.cells[x].mean or 0.0, row.cells[y].mean or 0.0) for row in rows]
+    front = sorted(
+        one
+        for one in points
+        if not any(all(sign * a <= sign * b for sign, a, b in zip(signs, other, one)) and other != one for other in points)
+    )
+    axes.plot(*zip(*front), color="0.75", linewidth=1, zorder=0)
+    for row, mark in zip(rows, cycle(_MARKS)):
+        spread = {f"{axis}err": row.cells[key].spread for axis, key in (("x", x), ("y", y))}
+        axes.errorbar(
+            row.cells[x].mean, row.cells[y].mean, **spread, fmt=mark, color="black", mfc="white", capsize=2, label=row.title
+        )
+    axes.set_xlabel(_label(plan, x))
+    axes.set_ylabel(_label(plan, y))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+
+
+def _bars(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    rows = _rows(plan, results, entry["y"])
+    cells = [row.cells[entry["y"]] for row in rows]
+    spreads = [cell.spread or 0.0 for cell in cells]
+    draw_bars(axes, [row.title for row in rows], [cell.mean or 0.0 for cell in cells], _label(plan, entry["y"]), spreads)
+
+
+def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """One line a variant: the mean over its seeds, smoothed by a moving average."""
+    name = entry["y"]
+    drawn = 0
+    styles = cycle([(dash, shade) for shade in ("black", "0.55") for dash in _DASHES])
+    for variant, spec in plan.spec["variants"].items():
+        own = [result["metrics"]["curves"].get(name) for result in results if result["run"]["variant"] == variant]
+        curves = [points for points in own if points]
+        if not curves:
+            continue
+        shared = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
+        values = [sum(dict(map(tuple, points))[step] or 0.0 for points in curves) / len(curves) for step in shared]
+        width = max(1, round(len(values) * _SMOOTH))
+        smooth = [sum(values[max(0, end - width) : end]) / min(width, end) for end in range(1, len(values) + 1)]
+        dash, shade = next(styles)
+        axes.plot(shared, smooth, linestyle=dash, color=shade, linewidth=1.2, label=spec["title"])
+        drawn += 1
+    if not drawn:
+        raise InputError(f"plots of benchmark {plan.name!r}: no result has the curve {name!r}.")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"{_label(plan, name)} (moving average)")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)

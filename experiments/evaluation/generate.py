@@ -1,0 +1,146 @@
+"""``fulgurite generate``: what a model writes after a prompt, for four uses."""
+
+import sys
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from ...errors import InputError
+from ...modules.language_model import GenerationSettings
+from ...modules.pretrained import Dtype, load_model, load_tokenizer
+from .candidates import score_candidates
+from .code_execution import run_code
+from .templates import Task, template
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    task: Task = "text",
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    candidates: list[str] | None = None,
+    source_language: str = "English",
+    target_language: str = "French",
+    tests: str | None = None,
+    execute: bool = False,
+    weights: Dtype = "bfloat16",
+) -> None:
+    """Write what follows a prompt; plain text is streamed as it is generated.
+
+    Args:
+        model: An exported folder, or any other model source.
+        prompt: Text to go on with, to translate or to classify, or function to complete; ``-`` reads the standard input.
+        task: ``text``; ``code`` stops behind the function; ``translation`` stops at the line's end; ``classification`` scores
+            candidates instead of writing.
+        chat: Ask the prompt as a user's question, through the model's chat template.
+        max_new_tokens: Tokens to write at most.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from the softmax of logits / temperature.
+        top_p: Tokens are drawn from the smallest set with this probability mass, in (0, 1].
+        seed: Seed of the drawing.
+        candidates: Of classification: the answers to choose from, ``[good,bad]``.
+        source_language: Of translation: the prompt's language.
+        target_language: Of translation: the language to write.
+        tests: Of code: Python statements that raise when the function is wrong, such as ``assert f(1) == 2``.
+        execute: Of code: really run what the model wrote with the tests, in a process with little time and memory. That is no
+            jail: only do it with models that you trust.
+        weights: Type of the weights in memory.
+    """
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    settings.kwargs()  # all is checked before the weights are read
+    form = template(task)
+    for name, value, use in (
+        ("candidates", candidates, "classification"),
+        ("tests", tests, "code"),
+        ("execute", execute, "code"),
+    ):
+        if value and task != use:
+            raise InputError(f"--{name} is for --task {use}; the task is {task!r}.")
+    if task == "classification" and not candidates:
+        raise InputError("--task classification needs --candidates, such as --candidates '[good,bad]'.")
+    if bool(tests) != execute:
+        raise InputError("--tests and --execute true go together: generated code is only run on the explicit flag.")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    tokenizer = load_tokenizer(model)
+    asked = form.fill(text, source_language, target_language)
+    if chat:
+        if not tokenizer.chat_template:
+            raise InputError(f"chat=True, but the tokenizer of model={model!r} has no chat template: leave out --chat.")
+        messages = [{"role": "user", "content": asked}]
+        asked = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    loaded = load_model(model, weights)
+    if candidates:
+        _show(score_candidates(loaded, tokenizer, asked, candidates))
+        return
+    if not form.ends:
+        continue_text(loaded, tokenizer, asked, settings, seed=seed, special=not chat, stream=True)
+        return
+    written = continue_text(loaded, tokenizer, asked, settings, seed=seed, special=not chat, ends=form.ends)
+    print(written.strip() if task == "translation" else text + written)
+    if tests and execute:
+        good, message = run_code(f"{text}{written}\n\n{tests}\n")
+        print(f"tests passed{f': {message}' if message else ''}" if good else f"tests failed: {message}")
+
+
+def _show(scores: list) -> None:
+    table = Table()
+    table.add_column("candidate")
+    for column in ("log-likelihood (nats)", "per character", ""):
+        table.add_column(column, justify="right")
+    best = max(scores, key=lambda score: score.log_likelihood)
+    for score in scores:
+        chosen = "chosen" if score is best else ""
+        table.add_row(score.candidate, f"{score.log_likelihood:.4f}", f"{score.per_character:.4f}", chosen)
+    Console().print(table)
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    settings: GenerationSettings,
+    *,
+    seed: int = 0,
+    special: bool = True,
+    stream: bool = False,
+    ends: tuple[str, ...] = (),
+) -> str:
+    """Return what a model writes after a text.
+
+    Args:
+        model: Causal language model.
+        tokenizer: Its tokenizer.
+        text: The text; not empty.
+        settings: How to write.
+        seed: Seed of the drawing.
+        special: Add special tokens that the tokenizer puts before a text.
+        stream: Also print the text as it comes.
+        ends: Texts that end the writing, themselves left out.
+    """
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special)
+    if inputs.input_ids.shape[1] == 0:
+        raise InputError("prompt is empty. Give at least one character to go on with.")
+    torch.manual_seed(seed)
+    written = model.generate(  # type: ignore[operator]
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **({"stop_strings": list(ends), "tokenizer": tokenizer} if ends else {}),
+        **settings.kwargs(),
+    )
+    answer = str(tokenizer.decode(written[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+    places = [place for end in ends if (place := answer.find(end)) >= 0]
+    return answer[: min(places)] if places else answer
+
+
+def main(arguments: list[str]) -> None:
+    """Run ``generate`` with the words of a command line."""
+    auto_cli(generate, args=arguments, prog="fulgurite generate", as_positional=False)

@@ -1,0 +1,108 @@
+import pytest
+
+from fulgurite.errors import InputError
+from fulgurite.experiments.benchmarks.plan import available, in_order, load_benchmark
+
+
+def test_products_come_before_the_cells_that_need_them(bench):
+    jobs = bench().jobs()
+    assert [job.name for job in jobs] == ["tuned", "slow-0", "slow-1", "fast-0"]
+    assert [job.name for job in in_order(jobs)] == ["tuned", "slow-0", "slow-1", "fast-0"]
+    slow, fast = jobs[1], jobs[3]
+    assert slow.needs == ["tuned"]
+    words = fast.steps[0].words()
+    assert words[:3] == ["fit", "-c", "language_model/finetune"]
+    assert "--model.source={tuned}" in words
+    assert "--model.optimizer.init_args.lr=0.01" in words
+    assert "--seed_everything=0" in words
+    assert "--data.train_tokens=1280" in words
+    assert "--data.train={data}/text.txt" in words
+    assert fast.steps[1].metrics == {"loss": "val_loss"}
+
+
+def test_seeds_and_patterns_choose_cells(bench):
+    plan = bench()
+    assert [job.name for job in plan.jobs([5])] == ["tuned", "slow-5", "fast-5"]
+    assert [job.name for job in plan.jobs(only=["s*"])] == ["tuned", "slow-0", "slow-1"]
+    assert [job.name for job in plan.jobs(only=["fast", "slow-1"])] == ["tuned", "slow-1", "fast-0"]
+    with pytest.raises(InputError, match="--only 'fsat' matches no variant or cell.*Did you mean 'fast'"):
+        plan.jobs(only=["fsat"])
+
+
+def test_fingerprint_follows_commands_configs_and_data(bench, text_file):
+    before = {job.name: job.fingerprint for job in bench().jobs()}
+    assert before == {job.name: job.fingerprint for job in bench().jobs()}
+    changed = bench(lambda spec: spec["variants"]["fast"]["set"].update({"model.optimizer.init_args.lr": 0.02})).jobs()
+    assert [job.name for job in changed if job.fingerprint != before[job.name]] == ["fast-0"]
+    named = bench(lambda spec: spec["variants"]["fast"].update(title="other", group="g")).jobs()
+    assert {job.name: job.fingerprint for job in named} == before
+    product = bench(lambda spec: spec["products"]["tuned"]["set"].update({"data.block_size": 32})).jobs()
+    assert all(job.fingerprint != before[job.name] for job in product)
+    text_file.write_text("other words")
+    from fulgurite.experiments.benchmarks import plan
+
+    plan._hash.cache_clear()
+    assert all(job.fingerprint != before[job.name] for job in bench().jobs())
+
+
+def test_null_leaves_out_a_common_setting(bench):
+    job = bench(lambda spec: spec["variants"]["fast"].update(set={"data.train_tokens": None})).jobs(only=["fast"])[-1]
+    assert not any(word.startswith("--data.train_tokens") for word in job.steps[0].words())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec: spec.update(sedes=[0]), "'sedes' was unexpected"),
+        (lambda spec: spec.pop("title"), "'title' is a required property"),
+        (lambda spec: spec["variants"]["fast"].pop("title"), "variants.fast.*'title' is a required property"),
+        (lambda spec: spec["variants"]["fast"].update(command="fti"), "variants.fast.command.*'fti' is not one of"),
+        (lambda spec: spec["variants"]["fast"].update(disk="lables"), "disk='lables'.* is no product"),
+        (
+            lambda spec: spec["variants"]["fast"].update(set={"a": "{tokns}"}),
+            r"\{tokns\} stands for nothing.*Did you mean 'tokens'",
+        ),
+        (lambda spec: spec["variants"]["fast"].update(config="language_model/finetne"), "Did you mean 'language_model/finetune'"),
+        (lambda spec: spec["variants"]["fast"].update(command="measure"), "measure takes a function"),
+        (lambda spec: spec["products"]["tuned"]["set"].update({"a": "{tuned}"}), "need each other: slow-0 -> tuned"),
+    ],
+)
+def test_wrong_entries_are_named(bench, change, message):
+    with pytest.raises(InputError, match=message):
+        bench(change).jobs()
+
+
+def test_unknown_names_and_missing_data_are_refused(bench, tmp_path):
+    bench()
+    with pytest.raises(InputError, match="'mehtod' is no benchmark.*Did you mean 'method'"):
+        load_benchmark("mehtod")
+    with pytest.raises(InputError, match="--scale 'gpu'.*Legal: cpu"):
+        load_benchmark("method", "gpu")
+    with pytest.raises(InputError, match="--set.tokns.*Did you mean 'tokens'"):
+        load_benchmark("method", settings={"tokns": 1})
+    with pytest.raises(InputError, match="text='.*none/text.txt'.*--data"):
+        load_benchmark("method", data=str(tmp_path / "none")).jobs()
+    assert load_benchmark("method", settings={"tokens": "64"}).constants["tokens"] == "64"
+
+
+@pytest.mark.parametrize("name", available())
+def test_command_lines_of_the_packaged_benchmarks_are_right(name, tmp_path):
+    """Every step at every scale, ``gpu`` too, parses as a command line, and every benchmark can be tried at ``smoke``."""
+    from fulgurite.experiments.benchmarks.plan import fill
+    from fulgurite.experiments.cli import parse
+
+    assert "smoke" in load_benchmark(name).spec["scales"]
+    for scale in load_benchmark(name).spec["scales"]:
+        plan = load_benchmark(name, scale, data=str(tmp_path))
+        for value in plan.constants.values():
+            if value.startswith("{data}/"):
+                (tmp_path / value.removeprefix("{data}/")).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / value.removeprefix("{data}/")).touch()
+        seen = set()
+        for job in plan.jobs():
+            places = {"data": str(tmp_path), "run": "run", "model": "random:tiny", **dict.fromkeys(job.needs, "random:tiny")}
+            for step in job.steps:
+                words = [fill(word, places, name) for word in step.words() if not word.startswith("--seed")]
+                if step.command in ("fit", "validate", "test", "predict") and tuple(words) not in seen:
+                    seen.add(tuple(words))
+                    parse(words)

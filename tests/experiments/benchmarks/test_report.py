@@ -1,0 +1,171 @@
+import json
+
+import pytest
+
+from fulgurite.errors import InputError
+from fulgurite.experiments.benchmarks import plan as plans
+from fulgurite.experiments.benchmarks import report
+from fulgurite.experiments.benchmarks.plots import draw
+from fulgurite.experiments.benchmarks.report import comma_separated, latex, make_report, markdown
+from fulgurite.experiments.benchmarks.results import load_results
+
+from .conftest import result
+
+TWO = [result("slow", 0, 3.0), result("slow", 1, 3.2), result("fast", 0, 2.0)]
+
+
+def test_mean_spread_count_and_difference_to_the_baseline(bench):
+    text = markdown(make_report(bench(), TWO))
+    assert "|  | n | loss (nats) | loss - baseline (nats) | speed (tokens/s) |" in text
+    assert "| small rate | 2 | 3.100 ± 0.141 | +0.000 | 100 ± 0 |" in text
+    assert "| large rate | 1 | **2.000** | -1.100 | 100 |" in text
+    assert "A note. Measured on x, 2 threads; commit cccccccccc." in text
+    assert "Compared at equal tokens." in text
+
+
+def test_ratio_to_the_baseline(bench):
+    plan = bench(lambda spec: spec["report"]["columns"]["loss"].update(relative="ratio"))
+    assert "| large rate | 1 | **2.000** | 0.645 |" in markdown(make_report(plan, TWO))
+
+
+def test_best_is_bold_only_if_it_leads_by_more_than_the_spread(bench):
+    close = [result("slow", 0, 3.0), result("slow", 1, 3.2), result("fast", 0, 3.0)]
+    assert "**" not in markdown(make_report(bench(), close))
+    single = [result("slow", 0, 3.0), result("fast", 0, 1.0)]
+    assert "**" not in markdown(make_report(bench(), single))  # no spread is known
+
+
+def test_rows_of_another_group_are_not_compared(bench):
+    plan = bench(lambda spec: spec["variants"]["fast"].update(group="other teacher"))
+    text = markdown(make_report(plan, TWO))
+    assert "| *other teacher* |" in text
+    assert "| large rate | 1 | 2.000 | +0.000 |" in text
+
+
+def test_missing_cells_and_forgotten_variants_are_listed(bench):
+    text = markdown(make_report(bench(), [*TWO[:1], TWO[2], result("gone", 0, 1.0)]))
+    assert "Missing: slow-1." in text
+    assert "no such variant any more: gone" in text
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"code": "l"}, "would mix results of 2 code versions"),
+        ({"clean": False}, "uncommitted changes"),
+        ({"cpu": "y"}, r"timings \(tokens_per_second\) of several machines \(x, 2 threads; y, 2 threads\)"),
+    ],
+)
+def test_mixtures_are_refused_unless_allowed_and_then_said(bench, other, message):
+    results = [*TWO[:2], result("fast", 0, 2.0, **other)]
+    with pytest.raises(InputError, match=message):
+        make_report(bench(), results)
+    assert "Mixed here: " in markdown(make_report(bench(), results, mixed=True))
+
+
+def test_machines_may_differ_where_nothing_is_timed(bench):
+    def untimed(spec):
+        spec["report"]["columns"].pop("tokens_per_second")
+        spec["report"].pop("plots")
+
+    text = markdown(make_report(bench(untimed), [*TWO[:2], result("fast", 0, 2.0, cpu="y")]))
+    assert "Measured on several machines: x, 2 threads; y, 2 threads." in text
+
+
+def test_empty_results_and_unknown_metrics_are_refused(bench):
+    with pytest.raises(InputError, match="there are no results at scale 'cpu'"):
+        make_report(bench(), [])
+    plan = bench(lambda spec: spec["report"]["columns"].update(acurracy={"title": "accuracy"}))
+    with pytest.raises(InputError, match="no result has the metric 'acurracy'"):
+        make_report(plan, TWO)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "0.json is damaged"),
+        ("[]", "0.json is no result of a benchmark"),
+        (json.dumps({**TWO[0], "extra": 1}), "'extra' was unexpected"),
+        (
+            json.dumps({**TWO[0], "metrics": {"final": {"loss": "low"}, "curves": {}}}),
+            r"metrics.final.loss: 'low' is not of type",
+        ),
+    ],
+)
+def test_damaged_results_are_refused_by_name(tmp_path, content, message):
+    (tmp_path / "0.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_results(tmp_path)
+
+
+def test_latex_and_csv(bench):
+    made = make_report(bench(lambda spec: spec["variants"]["fast"].update(title="50 % & more")), TWO)
+    text = latex(made)
+    assert r"small rate & 2 & 3.100 $\pm$ 0.141" in text
+    assert r"50 \% \& more & 1 & \textbf{2.000}" in text
+    assert r"\toprule" in text
+    lines = comma_separated(made).splitlines()
+    assert lines[0].startswith("variant,title,n,loss,loss_std")
+    assert lines[1].startswith("slow,small rate,2,3.1")
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_plots_are_the_same_bytes_for_the_same_results(bench, kind):
+    results = [
+        result("slow", 0, 3.0, curve=[(0, 5.0), (1, 4.0), (2, 3.0)]),
+        result("slow", 1, 3.2, curve=[(0, 5.0), (1, 4.0), (2, 3.5)]),
+        result("fast", 0, 2.0, curve=[(0, 5.0), (1, 3.0), (2, 2.0)], speed=90.0),
+    ]
+    plan = bench()
+    for key in plan.spec["report"]["plots"]:
+        once = draw(plan, results, key, kind)
+        assert once == draw(plan, results, key, kind)
+        assert once[:4] == (b"\x89PNG" if kind == "png" else b"<?xm")
+    with pytest.raises(InputError, match="no result has the curve 'train_loss'"):
+        draw(plan, TWO, "curve", kind)
+
+
+def test_report_of_the_command_line(bench, tmp_path, capsys):
+    from fulgurite.experiments.main import main
+
+    plan = bench()
+    plan.results.mkdir(parents=True)
+    for number, entry in enumerate(TWO):
+        entry["metrics"]["curves"]["train_loss"] = [[0, 1.0], [1, 0.5]]
+        (plan.results / f"{number}.json").write_text(json.dumps(entry))
+    main(["report", "method", "--plot", str(tmp_path / "plots")])
+    assert "| small rate | 2 |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"method-curve.svg", "method-front.png"}
+    main(["report", "method", "--format", "csv"])
+    assert capsys.readouterr().out.startswith("variant,")
+    with pytest.raises(SystemExit):
+        main(["report"])
+    assert "Legal: --write, or one of method" in capsys.readouterr().err
+
+
+def test_documents_are_up_to_date():
+    documents = report.documents()
+    assert documents, "README.md holds no generated table"
+    for path in documents:
+        assert report.fill(path.read_text("utf-8")) == path.read_text("utf-8"), f"run `fulgurite report --write`: {path}"
+
+
+def test_figures_of_the_documents_are_up_to_date():
+    figures = report.figures()
+    assert {path.suffix for path in figures} == {".svg", ".png"}
+    for path, picture in figures.items():
+        if path.suffix == ".svg":  # the PNG's compression may differ between builds of zlib
+            assert path.read_bytes() == picture, f"run `fulgurite report --write`: {path}"
+        assert path.is_file()
+
+
+def test_a_result_changed_by_hand_is_noticed(monkeypatch, tmp_path):
+    text = next(path for path in report.documents()).read_text("utf-8")
+    name = report._MARKER.search(text)[2]
+    plan = plans.load_benchmark(name)
+    results = load_results(plan.results)
+    key = next(iter(plan.spec["report"]["columns"]))
+    block = results[0]["metrics"]["final"] if key in results[0]["metrics"]["final"] else results[0]["cost"]
+    block[key] *= 1.1
+    monkeypatch.setattr(report, "load_results", lambda folder: results if folder == plan.results else load_results(folder))
+    assert report.fill(text) != text
