@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ from .results import load_results
 
 console = Console()
 _TAIL = 4096  # bytes of a log's end, in which its last line is looked for
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def benchmark(
@@ -242,7 +244,8 @@ class Grid:
         (folder / "failed.json").unlink(missing_ok=True)
         write_json(folder / "job.json", self._job_file(job))
         log = folder / "log.txt"
-        environment = dict(os.environ)
+        # The log is no terminal, but its last line is shown: progress bars are to be drawn into it, a line each.
+        environment = {**os.environ, "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": "200"}
         if workers > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
             devices = _gpus()
@@ -323,7 +326,7 @@ def _gpus() -> list[str]:
 def _last_line(log: Path) -> str:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
-        lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+        lines = _CONTROL.sub("", file.read().decode("utf-8", "replace")).replace("\r", "\n").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
