@@ -1,8 +1,21 @@
 """Callbacks that work in any Lightning Trainer."""
 
 from .export_pretrained import ExportPretrained
+from .gradient_pruning import Adaptive, FixedRate, GradientPruning, PruningPolicy, PublishedRule
+from .loss_rate import LossRateWindow
 from .soft_label_writer import SoftLabelWriter
 from .text_writer import TextWriter
 from .token_rate import TokenRate
 
-__all__ = ["ExportPretrained", "SoftLabelWriter", "TextWriter", "TokenRate"]
+__all__ = [
+    "Adaptive",
+    "ExportPretrained",
+    "FixedRate",
+    "GradientPruning",
+    "LossRateWindow",
+    "PruningPolicy",
+    "PublishedRule",
+    "SoftLabelWriter",
+    "TextWriter",
+    "TokenRate",
+]

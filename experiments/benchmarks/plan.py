@@ -90,6 +90,7 @@ _SCHEMA = _mapping(
                             "x": {"type": "string"},
                             "y": {"type": "string"},
                             "title": {"type": "string"},
+                            "only": {"type": "array", "items": {"type": "string"}},
                         },
                         "kind",
                         "y",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, nearest
 from .plan import Benchmark
 from .report import Row, make_report
 
@@ -65,12 +65,25 @@ def draw_bars(axes: Any, titles: list[str], values: list[float], label: str, spr
     axes.set_xlabel(label)
 
 
-def _rows(plan: Benchmark, results: list[dict[str, Any]], *keys: str) -> list[Row]:
+def _rows(plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any], *keys: str) -> list[Row]:
     report = make_report(plan, results, mixed=True)
     for key in keys:
         if key not in report.columns:
             raise InputError(f"plots of benchmark {plan.name!r}: {key!r} is no column of its report.")
-    return [row for row in report.rows if all(row.cells[key].mean is not None for key in keys)]
+    chosen = _chosen(plan, entry)
+    return [row for row in report.rows if row.variant in chosen and all(row.cells[key].mean is not None for key in keys)]
+
+
+def _chosen(plan: Benchmark, entry: dict[str, Any]) -> list[str]:
+    variants = plan.spec["variants"]
+    for name in entry.get("only", []):
+        if name not in variants:
+            raise InputError(f"plots of benchmark {plan.name!r}, only: {name!r} is no variant.{nearest(name, variants)}")
+    return entry.get("only", list(variants))
+
+
+def _name(title: str, group: str) -> str:
+    return f"{title} ({group})" if group else title
 
 
 def _label(plan: Benchmark, key: str) -> str:
@@ -82,7 +95,7 @@ def _label(plan: Benchmark, key: str) -> str:
 def _scatter(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
     """One point a variant, with the spread over its seeds; a grey line joins those that no other beats in both."""
     x, y = entry["x"], entry["y"]
-    rows = _rows(plan, results, x, y)
+    rows = _rows(plan, results, entry, x, y)
     columns = plan.spec["report"]["columns"]
     signs = [1 if columns[key].get("better", "lower") == "lower" else -1 for key in (x, y)]
     points = [(row.cells[x].mean or 0.0, row.cells[y].mean or 0.0) for row in rows]
@@ -95,7 +108,14 @@ def _scatter(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: d
     for row, mark in zip(rows, cycle(_MARKS)):
         spread = {f"{axis}err": row.cells[key].spread for axis, key in (("x", x), ("y", y))}
         axes.errorbar(
-            row.cells[x].mean, row.cells[y].mean, **spread, fmt=mark, color="black", mfc="white", capsize=2, label=row.title
+            row.cells[x].mean,
+            row.cells[y].mean,
+            **spread,
+            fmt=mark,
+            color="black",
+            mfc="white",
+            capsize=2,
+            label=_name(row.title, row.group),
         )
     axes.set_xlabel(_label(plan, x))
     axes.set_ylabel(_label(plan, y))
@@ -103,10 +123,16 @@ def _scatter(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: d
 
 
 def _bars(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
-    rows = _rows(plan, results, entry["y"])
+    rows = _rows(plan, results, entry, entry["y"])
     cells = [row.cells[entry["y"]] for row in rows]
     spreads = [cell.spread or 0.0 for cell in cells]
-    draw_bars(axes, [row.title for row in rows], [cell.mean or 0.0 for cell in cells], _label(plan, entry["y"]), spreads)
+    draw_bars(
+        axes,
+        [_name(row.title, row.group) for row in rows],
+        [cell.mean or 0.0 for cell in cells],
+        _label(plan, entry["y"]),
+        spreads,
+    )
 
 
 def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
@@ -114,7 +140,8 @@ def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dic
     name = entry["y"]
     drawn = 0
     styles = cycle([(dash, shade) for shade in ("black", "0.55") for dash in _DASHES])
-    for variant, spec in plan.spec["variants"].items():
+    for variant in _chosen(plan, entry):
+        spec = plan.spec["variants"][variant]
         own = [result["metrics"]["curves"].get(name) for result in results if result["run"]["variant"] == variant]
         curves = [points for points in own if points]
         if not curves:
@@ -124,7 +151,7 @@ def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dic
         width = max(1, round(len(values) * _SMOOTH))
         smooth = [sum(values[max(0, end - width) : end]) / min(width, end) for end in range(1, len(values) + 1)]
         dash, shade = next(styles)
-        axes.plot(shared, smooth, linestyle=dash, color=shade, linewidth=1.2, label=spec["title"])
+        axes.plot(shared, smooth, linestyle=dash, color=shade, linewidth=1.2, label=_name(spec["title"], spec.get("group", "")))
         drawn += 1
     if not drawn:
         raise InputError(f"plots of benchmark {plan.name!r}: no result has the curve {name!r}.")

@@ -121,6 +121,9 @@ def test_plots_are_the_same_bytes_for_the_same_results(bench, kind):
         once = draw(plan, results, key, kind)
         assert once == draw(plan, results, key, kind)
         assert once[:4] == (b"\x89PNG" if kind == "png" else b"<?xm")
+    other = bench(lambda spec: spec["report"]["plots"]["bars"].update(only=["fsat"]))
+    with pytest.raises(InputError, match="only: 'fsat' is no variant. Did you mean 'fast'"):
+        draw(other, results, "bars", kind)
     with pytest.raises(InputError, match="no result has the curve 'train_loss'"):
         draw(plan, TWO, "curve", kind)
 

@@ -1,0 +1,296 @@
+"""The callback that prunes gradients in a Lightning Trainer."""
+
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import InputError
+from .hook import DenseFormat, GradientExchange
+from .policy import Adaptive, Measurement, PruningPolicy
+
+log = logging.getLogger(__name__)
+
+
+def _hook(state: "GradientPruning", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Hand a bucket of DDP to the exchange; the argument has to be called ``bucket``."""
+    return state._on_bucket(bucket)
+
+
+class GradientPruning(Callback):
+    """Sends only the largest entries of each gradient between the ranks of a DDP training, as few as the network asks for.
+
+    For training over slow or unstable networks. What is not sent is added to the next gradient. Without DDP the same pruning acts
+    on the one process's gradient, so that its effect on learning can be studied on one machine. Logs ``prune_rate``,
+    ``step_seconds``, ``exposed_seconds`` (waiting for the network) and ``bandwidth_mbit``.
+
+    Args:
+        policy: Who decides the rate: ``Adaptive`` (default), ``PublishedRule``, ``FixedRate``, or your ``PruningPolicy``.
+        warmup: Steps without pruning at the start; below 1, a share of the run's steps.
+        dense_format: Type of the values where everything is sent: ``float16``, or ``float32``, which is bitwise plain DDP.
+        error_feedback: Keep what is not sent for the next step. Without it, pruning at high rates loses most of the gradient.
+        clip: Largest norm of a rank's own gradient before the exchange; null clips nothing. The Trainer's ``gradient_clip_val``
+            acts on the mean, after it.
+        momentum: Factor of momentum correction (Deep Gradient Compression) for an optimizer without momentum; 0 for none.
+        dense_below: Parameters with fewer entries, and those of one dimension, are always sent whole.
+        flush_before_checkpoint: Send everything in the step before a checkpoint, so that nothing is lost in it.
+        check_every: Compare all ranks' weights every so many steps, and stop where they differ; 0 never does. For debugging.
+
+    Raises:
+        InputError: If a value is out of range; at the start of training, if the strategy, the precision or manual
+            optimisation does not allow it.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[GradientPruning(warmup=100)])
+    """
+
+    def __init__(
+        self,
+        policy: PruningPolicy | None = None,
+        *,
+        warmup: float = 0.05,
+        dense_format: DenseFormat = "float16",
+        error_feedback: bool = True,
+        clip: float | None = None,
+        momentum: float = 0.0,
+        dense_below: int = 2048,
+        flush_before_checkpoint: bool = True,
+        check_every: int = 0,
+    ) -> None:
+        if warmup < 0 or (warmup > 1 and warmup != int(warmup)):
+            raise InputError(f"warmup={warmup}: legal is a share of the run from 0 to below 1, or a whole number of steps.")
+        if dense_format not in ("float16", "float32"):
+            raise InputError(f"dense_format={dense_format!r} is unknown. Legal: float16, float32.")
+        if clip is not None and clip <= 0:
+            raise InputError(f"clip={clip} leaves nothing. Legal: above 0, or null.")
+        if not 0 <= momentum < 1:
+            raise InputError(f"momentum={momentum} is no factor of momentum. Legal: 0 to below 1.")
+        if dense_below < 0 or check_every < 0:
+            raise InputError(f"dense_below={dense_below}, check_every={check_every}: legal is 0 or more of each.")
+        self.policy = policy or Adaptive()
+        self.warmup = warmup
+        self.settings: dict[str, Any] = {
+            "dense_format": dense_format,
+            "error_feedback": error_feedback,
+            "clip": clip,
+            "momentum": momentum,
+            "dense_below": dense_below,
+        }
+        self.flush_before_checkpoint, self.check_every = flush_before_checkpoint, check_every
+        self.exchange: GradientExchange | None = None
+        self.rate: float | None = None  # None in the warm-up
+        self._losses: list[Tensor] = []
+        self._numbers: Tensor | None = None
+        self._gathered: tuple[Any, list[Tensor]] | None = None
+        self._step_begin = 0.0
+        self._exposed = 0.0
+
+    # Before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
+            raise InputError(
+                f"GradientPruning does not work with strategy={type(strategy).__name__}: it needs whole gradients on every rank, "
+                "which FSDP and its like never have. Legal: ddp, or one device."
+            )
+        if not pl_module.automatic_optimization:
+            raise InputError(
+                "GradientPruning does not work with manual optimisation (automatic_optimization=False): it could not tell an "
+                "optimizer step from another backward pass."
+            )
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            raise InputError(
+                "GradientPruning does not work with precision=16-mixed: what is kept back would be in the units of another loss "
+                "scale. Use bf16-mixed."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the exchange into DDP's backward pass."""
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        self.exchange = GradientExchange(names, **self.settings)
+        self.parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        self.entries = sum(parameter.numel() for parameter in self.parameters)
+        self.bytes_at = self.exchange.bytes_at(list(self.parameters))
+        model = trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
+            # Lightning registers hooks on CUDA alone and ignores them elsewhere.
+            model.register_comm_hook(self, _hook)
+        total = trainer.estimated_stepping_batches
+        self.warmup_steps = int(self.warmup) if self.warmup >= 1 else int(self.warmup * total) if total != float("inf") else 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._begin_step(trainer)
+
+    # One step
+
+    def _begin_step(self, trainer: Trainer) -> None:
+        assert self.exchange is not None
+        step = trainer.global_step
+        if self.rate is None and step >= self.warmup_steps:
+            self.rate = self.policy.start()
+        exchange = self.exchange
+        exchange.rate = self.rate or 0.0
+        exchange.turn = step
+        # The step after a checkpoint too: a run that goes on begins with the buckets that DDP has before its first step, and
+        # only an exchange of everything gives the same numbers in any buckets.
+        near = self._saves_after(trainer, step) or self._saves_after(trainer, step - 1)
+        exchange.flush = self.flush_before_checkpoint and near
+        exchange.clock.bytes = exchange.clock.busy = 0.0
+        self._exposed = 0.0
+        self._step_begin = time.perf_counter()
+
+    def _saves_after(self, trainer: Trainer, step: int) -> bool:
+        """Whether the step of this number, counted from 0, ends in a checkpoint, or ends the run."""
+        if step < 0:
+            return False
+        done = step + 1
+        if trainer.max_steps == done or done == trainer.estimated_stepping_batches:
+            return True
+        per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            every = callback._every_n_train_steps
+            if every and done % every == 0:
+                return True
+            if callback._every_n_epochs and done % (per_epoch * callback._every_n_epochs) == 0:
+                return True
+        return False
+
+    def _on_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        assert self.exchange is not None
+        if bucket.index() == 0:
+            self._gather_numbers()
+        return self.exchange.exchange(bucket.buffer(), bucket.parameters(), self.entries)
+
+    def _gather_numbers(self) -> None:
+        """Send the numbers of the step before along with this one's gradients; all ranks then decide on the same ones."""
+        if self._numbers is None or self.exchange is None:
+            return
+        numbers, self._numbers = self._numbers, None
+        parts = [torch.empty_like(numbers) for _ in range(self.exchange.ranks)]
+        self._gathered = (dist.all_gather(parts, numbers, async_op=True), parts)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note how long the step waited for the network; it has, when this is called."""
+        assert self.exchange is not None
+        if self.exchange.clock.bytes:
+            self._exposed = max(0.0, time.perf_counter() - self.exchange.clock.last_hook)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Without DDP: prune the gradient of this process."""
+        exchange = self.exchange
+        if exchange is None or isinstance(trainer.strategy.model, DistributedDataParallel):
+            return
+        parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
+        if exchange.rate == 0 and not exchange.residuals:
+            return
+        buffer = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])  # type: ignore[union-attr]
+        exchange.exchange(buffer, list(parameters), self.entries).wait()
+        begin = 0
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.copy_(buffer[begin : begin + parameter.numel()].view_as(parameter))
+            begin += parameter.numel()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After an optimizer step: take the decision for the next one."""
+        exchange = self.exchange
+        assert exchange is not None
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if loss is not None:
+            self._losses.append(loss.detach().float() * trainer.accumulate_grad_batches)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        seconds = time.perf_counter() - self._step_begin
+        mean = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
+        self._losses.clear()
+        device = pl_module.device
+        numbers = [mean, seconds, self._exposed, exchange.clock.busy, exchange.clock.bytes, exchange.rate]
+        own = torch.tensor(numbers, device=device, dtype=torch.float64)
+        measurement = None
+        if exchange.ranks == 1:
+            measurement = _measurement([own], trainer.global_step)
+        elif self._gathered is not None:
+            work, parts = self._gathered
+            work.wait()
+            self._gathered = None
+            measurement = _measurement(parts, trainer.global_step - 1)
+        # What a checkpoint cannot hold of the other ranks is left out of an uninterrupted run as well.
+        self._numbers = None if self._saves_after(trainer, trainer.global_step - 1) else own
+        if measurement is not None:
+            if self.rate is not None:
+                self.rate = self.policy.decide(measurement, self.bytes_at)
+            self._log(pl_module, measurement)
+        if self.check_every and trainer.global_step % self.check_every == 0:
+            self._check_replicas(trainer)
+        self._begin_step(trainer)
+
+    def _log(self, pl_module: LightningModule, measurement: Measurement) -> None:
+        pl_module.log("prune_rate", measurement.rate)
+        pl_module.log("step_seconds", measurement.step_seconds)
+        pl_module.log("exposed_seconds", measurement.exposed_seconds)
+        if measurement.bandwidth is not None:
+            pl_module.log("bandwidth_mbit", measurement.bandwidth * 8 / 1e6)
+
+    def _check_replicas(self, trainer: Trainer) -> None:
+        assert self.exchange is not None
+        if self.exchange.ranks == 1:
+            return
+        own = torch.stack([parameter.detach().double().sum() for parameter in self.parameters])
+        parts = [torch.empty_like(own) for _ in range(self.exchange.ranks)]
+        dist.all_gather(parts, own)
+        for rank, other in enumerate(parts):
+            if not torch.equal(parts[0], other):
+                raise RuntimeError(f"The weights of rank {rank} differ from those of rank 0 after step {trainer.global_step}.")
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rate and what the policy knows."""
+        return {"rate": self.rate, "policy": self.policy.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the rate and the policy of a checkpoint."""
+        self.rate = state_dict["rate"]
+        self.policy.load_state_dict(state_dict["policy"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what is lost where a checkpoint comes unforeseen."""
+        if self.exchange is not None and self.exchange.residuals and not self.exchange.flush and trainer.is_global_zero:
+            log.warning(
+                "A checkpoint was saved that the callback did not foresee: what its ranks had not sent yet is not in it, and a "
+                "run that goes on from it loses that."
+            )
+
+
+def _measurement(parts: list[Tensor], step: int) -> Measurement:
+    """Return what all ranks agree on: mean loss and traffic, the slowest rank's times."""
+    table = torch.stack(parts).cpu()
+    loss, _, _, busy, sent, rate = table.mean(dim=0).tolist()
+    slowest = int(table[:, 1].argmax())
+    return Measurement(
+        step=step,
+        loss=loss,
+        step_seconds=float(table[slowest, 1]),
+        exposed_seconds=float(table[slowest, 2]),
+        busy_seconds=busy,
+        bytes=sent,
+        rate=rate,
+        ranks=len(parts),
+    )

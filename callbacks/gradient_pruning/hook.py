@@ -1,0 +1,245 @@
+"""The exchange of gradients: what a DDP communication hook sends, keeps back and sums.
+
+Every rank sends the entries that it selects; what is not sent stays in a residual and is added to the next gradient (error
+feedback; Seide et al. 2014, Deep Gradient Compression, arXiv 1712.01887). Messages have the same length on all ranks, one
+all-gather a bucket runs under the backward pass, and sums are taken in the order of the ranks: replicas stay bitwise equal.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from .policy import BytesAt
+from .wire import Layout, pack, select, sparse_pays, unpack
+
+DenseFormat = Literal["float32", "float16"]
+
+
+@dataclass
+class Clock:
+    """Times and bytes of one step on one rank.
+
+    Args:
+        bytes: Bytes that this rank sent.
+        busy: Seconds in which at least one message was under way.
+        last_hook: When the last bucket was handed over.
+    """
+
+    bytes: float = 0.0
+    busy: float = 0.0
+    last_hook: float = 0.0
+    _end: float = 0.0
+
+    def arrived(self, begin: float) -> None:
+        """Add the time of a message that began then and has just arrived."""
+        now = time.perf_counter()
+        self.busy += max(0.0, now - max(begin, self._end))
+        self._end = max(self._end, now)
+
+
+class GradientExchange:
+    """State of the communication hook: residuals by parameter name, the rate, and the clock of the step.
+
+    Args:
+        names: Name of each parameter, by ``id``.
+        dense_format: Type of the values in an exchange of everything, which then is an all-reduce.
+        error_feedback: Keep what is not sent for the next step.
+        clip: Largest norm of a rank's own gradient, before residuals are added; every bucket has its share by size. None clips
+            nothing.
+        momentum: Factor of momentum correction with factor masking (for an optimizer without momentum of its own); 0 for none.
+        dense_below: Parameters with fewer entries, and those of one dimension, are always sent whole, as float16.
+        group: Process group; None for one process, which prunes its own gradient.
+    """
+
+    def __init__(
+        self,
+        names: dict[int, str],
+        *,
+        dense_format: DenseFormat = "float16",
+        error_feedback: bool = True,
+        clip: float | None = None,
+        momentum: float = 0.0,
+        dense_below: int = 2048,
+        group: Any = None,
+    ) -> None:
+        self.names, self.dense_format, self.error_feedback = names, dense_format, error_feedback
+        self.clip, self.momentum, self.dense_below, self.group = clip, momentum, dense_below, group
+        self.ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.dense_bytes = 4 if dense_format == "float32" else 2
+        self.rate = 0.0
+        self.flush = False  # send everything, residuals too, in float32
+        self.turn = 0
+        self.clock = Clock()
+        self.residuals: dict[str, Tensor] = {}
+        self.velocities: dict[str, Tensor] = {}
+
+    def is_small(self, parameter: Tensor) -> bool:
+        """Whether a parameter is always sent whole."""
+        return parameter.dim() < 2 or parameter.numel() < self.dense_below
+
+    def bytes_at(self, parameters: list[Tensor]) -> BytesAt:
+        """Return the bytes of a step as a function of the rate."""
+        small = sum(parameter.numel() for parameter in parameters if self.is_small(parameter))
+        large = sum(parameter.numel() for parameter in parameters) - small
+        return BytesAt(small, large, self.ranks, self.dense_bytes)
+
+    # One bucket, step by step: gather what is to be sent, send it, sum what arrives.
+
+    def exchange(self, buffer: Tensor, parameters: list[Tensor], total: int) -> Future[Tensor]:
+        """Replace a bucket's gradient by the mean of what the ranks send of theirs.
+
+        Args:
+            buffer: Gradients of the parameters, one after another [entries].
+            parameters: The parameters, in the order of the buffer.
+            total: Entries of the whole model.
+
+        Returns:
+            A future of the buffer.
+        """
+        self.clock.last_hook = time.perf_counter()
+        if self.clip is not None:
+            limit = self.clip * (buffer.numel() / total) ** 0.5 / self.ranks**0.5
+            buffer.mul_((limit / (buffer.norm() + 1e-12)).clamp(max=1.0))
+        large, small = self._split(buffer, parameters)
+        self._add_residuals(buffer, parameters)
+        keep = 1 - self.rate
+        entries = sum(part.numel() for _, part in large)
+        if self.rate == 0 or self.flush or not entries or not sparse_pays(keep, self.ranks, self.dense_bytes):
+            return self._send_all(buffer, parameters)
+        return self._send_selection(buffer, large, small, Layout(entries, keep))
+
+    def _split(self, buffer: Tensor, parameters: list[Tensor]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+        parts: tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]] = ([], [])
+        begin = 0
+        for parameter in parameters:
+            part = buffer[begin : begin + parameter.numel()]
+            parts[self.is_small(parameter)].append((self.names[id(parameter)], part))
+            begin += parameter.numel()
+        return parts
+
+    def _add_residuals(self, buffer: Tensor, parameters: list[Tensor]) -> None:
+        """Add what was kept back, and the momentum; both only where there is some."""
+        begin = 0
+        for parameter in parameters:
+            name, part = self.names[id(parameter)], buffer[begin : begin + parameter.numel()]
+            begin += parameter.numel()
+            if self.momentum:
+                velocity = self.velocities.setdefault(name, torch.zeros_like(part, dtype=torch.float32))
+                part.copy_(velocity.mul_(self.momentum).add_(part))
+            residual = self.residuals.get(name)
+            if residual is not None:
+                part.add_(residual.to(part.dtype))
+
+    def _send_all(self, buffer: Tensor, parameters: list[Tensor]) -> Future[Tensor]:
+        """All-reduce the bucket; in float16, its rounding error is kept back."""
+        exact = self.flush or self.dense_format == "float32"
+        message = buffer.div(self.ranks) if exact else buffer.div(self.ranks).clamp_(-65504, 65504).to(torch.float16)
+        begin = 0
+        for parameter in parameters:
+            name, size = self.names[id(parameter)], parameter.numel()
+            if exact or not self.error_feedback:
+                self.residuals.pop(name, None)
+            else:
+                part = slice(begin, begin + size)
+                self._keep(name, buffer[part].float() - message[part].float() * self.ranks)
+            begin += size
+        if self.ranks == 1:
+            return _done(buffer.copy_(message))
+        began = time.perf_counter()
+        self.clock.bytes += 2 * (self.ranks - 1) / self.ranks * message.numel() * message.element_size()
+        work = dist.all_reduce(message, group=self.group, async_op=True)
+        return _future(work).then(lambda future: self._finish(began, buffer, buffer.copy_(_first(future))))
+
+    def _send_selection(
+        self, buffer: Tensor, large: list[tuple[str, Tensor]], small: list[tuple[str, Tensor]], layout: Layout
+    ) -> Future[Tensor]:
+        """All-gather the selected entries of large parameters, and small parameters whole."""
+        vector = torch.cat([part.float() for _, part in large])
+        dense = torch.cat([part.float() for _, part in small]) if small else vector.new_empty(0)
+        message = torch.empty(layout.bytes + 2 * dense.numel(), dtype=torch.uint8, device=buffer.device)
+        places = select(vector, layout, self.turn)
+        sent = pack(vector, places, layout, message[: layout.bytes])
+        rounded = dense.clamp(-65504, 65504).to(torch.float16)
+        message[layout.bytes :] = rounded.view(torch.uint8)
+        vector[places] -= sent
+        self._keep_back(large, vector, places)
+        self._keep_back(small, dense - rounded.float(), None)
+        if self.ranks == 1:
+            return _done(self._sum(buffer, large, small, layout, [message]))
+        began = time.perf_counter()
+        self.clock.bytes += (self.ranks - 1) * message.numel()
+        messages = [torch.empty_like(message) for _ in range(self.ranks)]
+        work = dist.all_gather(messages, message, group=self.group, async_op=True)
+        return _future(work).then(
+            lambda future: self._finish(began, buffer, self._sum(buffer, large, small, layout, messages), future)
+        )
+
+    def _keep_back(self, parts: list[tuple[str, Tensor]], rest: Tensor, sent: Tensor | None) -> None:
+        """Store what was not sent of each parameter; momentum of what was sent is forgotten (factor masking)."""
+        begin = 0
+        mask = None
+        if self.momentum and sent is not None:
+            mask = torch.zeros_like(rest, dtype=torch.bool)
+            mask[sent] = True
+        for name, part in parts:
+            rows = slice(begin, begin + part.numel())
+            begin += part.numel()
+            if self.error_feedback:
+                self._keep(name, rest[rows])
+            if mask is not None:
+                self.velocities[name].masked_fill_(mask[rows], 0)
+
+    def _keep(self, name: str, residual: Tensor) -> None:
+        # A gradient that is not finite must not poison all that follow.
+        self.residuals[name] = torch.nan_to_num_(residual, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _sum(
+        self,
+        buffer: Tensor,
+        large: list[tuple[str, Tensor]],
+        small: list[tuple[str, Tensor]],
+        layout: Layout,
+        messages: list[Tensor],
+    ) -> Tensor:
+        """Fill the bucket with the mean of all ranks' messages, in the order of the ranks."""
+        total = torch.zeros(layout.size, device=buffer.device)
+        dense: Tensor | None = None
+        for message in messages:
+            places, values = unpack(message[: layout.bytes], layout)
+            total.index_add_(0, places, values)
+            values = message[layout.bytes :].clone().view(torch.float16).float()
+            dense = values if dense is None else dense + values
+        for parts, sums in ((large, total), (small, dense)):
+            begin = 0
+            for _, part in parts:
+                assert sums is not None
+                part.copy_(sums[begin : begin + part.numel()].div_(len(messages)))
+                begin += part.numel()
+        return buffer
+
+    def _finish(self, began: float, buffer: Tensor, result: Tensor, future: Any = None) -> Tensor:
+        if future is not None:
+            future.value()  # raises what went wrong on the way
+        self.clock.arrived(began)
+        return result
+
+
+def _future(work: Any) -> Future:
+    return work.get_future()
+
+
+def _first(future: Future) -> Tensor:
+    value = future.value()
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def _done(buffer: Tensor) -> Future[Tensor]:
+    future: Future[Tensor] = Future()
+    future.set_result(buffer)
+    return future

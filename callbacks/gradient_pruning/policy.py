@@ -1,0 +1,365 @@
+"""Who decides how much is pruned: pure functions of numbers that are the same on all ranks.
+
+A *rate* is the share of a gradient's entries that is not sent: 0 sends everything, 0.99 one entry in a hundred.
+"""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...errors import InputError
+from ..loss_rate import LossWindow, PerformanceForm
+
+LADDER = (0.0, 0.75, 0.9, 0.96, 0.99, 0.996)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What all ranks know of the step before.
+
+    Args:
+        step: Optimizer steps so far.
+        loss: Mean loss over ranks and accumulated batches.
+        step_seconds: Time of the step on the slowest rank.
+        exposed_seconds: Of it, the time that the slowest rank only waited for the network.
+        busy_seconds: Time in which any message was under way, the mean over ranks; it overlaps with the backward pass.
+        bytes: Bytes that a rank sent.
+        rate: Rate of the step.
+        ranks: Number of ranks.
+    """
+
+    step: int
+    loss: float
+    step_seconds: float
+    exposed_seconds: float
+    busy_seconds: float
+    bytes: float
+    rate: float
+    ranks: int
+
+    @property
+    def compute_seconds(self) -> float:
+        """Time of the step without waiting."""
+        return max(self.step_seconds - self.exposed_seconds, 1e-6)
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second while messages were under way; None for a step that sent nothing."""
+        return self.bytes / self.busy_seconds if self.bytes and self.busy_seconds > 0 else None
+
+
+class PruningPolicy:
+    """Base of all policies: one pure method on reduced numbers.
+
+    A sub-class overrides ``decide``. Its attributes that are numbers or lists of numbers are part of checkpoints.
+    """
+
+    def decide(self, measurement: Measurement, bytes_at: "BytesAt") -> float:
+        """Return the rate of the next step.
+
+        Args:
+            measurement: The step before; the same on all ranks.
+            bytes_at: Bytes that a rank sends in a step at a given rate.
+        """
+        return measurement.rate
+
+    def start(self) -> float:
+        """Return the rate of the first step behind the warm-up."""
+        return 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continued run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+
+class BytesAt:
+    """Bytes that a rank sends in a step, as a function of the rate.
+
+    Args:
+        dense: Entries that are always sent.
+        sparse: Entries that are pruned.
+        ranks: Number of ranks.
+        dense_bytes: Bytes of an entry when everything is sent.
+    """
+
+    def __init__(self, dense: int, sparse: int, ranks: int, dense_bytes: int) -> None:
+        self.dense, self.sparse, self.ranks, self.dense_bytes = dense, sparse, ranks, dense_bytes
+
+    def __call__(self, rate: float) -> float:
+        """Return the bytes of a step at a rate."""
+        if rate <= 0:
+            return 2 * (self.ranks - 1) / self.ranks * (self.dense + self.sparse) * self.dense_bytes
+        keep = 1 - rate
+        entry = 4.0 if keep <= 1 / 16 else 2 + 1 / (8 * keep)
+        return (self.ranks - 1) * (2 * self.dense + keep * self.sparse * entry)
+
+
+def _check_rates(name: str, rates: tuple[float, ...] | list[float]) -> None:
+    if not rates or any(not 0 <= rate < 1 for rate in rates) or list(rates) != sorted(set(rates)):
+        raise InputError(f"{name}={list(rates)}: rates are shares that are not sent, 0 to below 1, rising, each once.")
+
+
+class FixedRate(PruningPolicy):
+    """Always the same rate, reached at once or on a ramp (Deep Gradient Compression, arXiv 1712.01887, ramps for some epochs).
+
+    Args:
+        rate: Share of the entries that is not sent, 0 to below 1.
+        ramp_steps: Steps over which the kept share falls exponentially from 1/4 to its end.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    def __init__(self, rate: float = 0.99, *, ramp_steps: int = 0) -> None:
+        _check_rates("rate", [rate])
+        if ramp_steps < 0:
+            raise InputError(f"ramp_steps={ramp_steps} is below 0. Legal: 0 or more.")
+        self.rate, self.ramp_steps = rate, ramp_steps
+        self._first: int | None = None
+
+    def start(self) -> float:
+        """Return the ramp's first rate, or the rate itself."""
+        return min(0.75, self.rate) if self.ramp_steps else self.rate
+
+    def decide(self, measurement: Measurement, bytes_at: BytesAt) -> float:
+        """Return the rate, or where the ramp is."""
+        if self._first is None:
+            self._first = measurement.step
+        done = min(1.0, (measurement.step - self._first) / self.ramp_steps) if self.ramp_steps else 1.0
+        if done >= 1 or self.rate <= 0.75:
+            return self.rate
+        return 1 - 0.25 * ((1 - self.rate) / 0.25) ** done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the ramp began."""
+        return {"first": self._first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the ramp."""
+        self._first = state["first"]
+
+
+@dataclass
+class ChangeDetector:
+    """Says that the network has changed: a figure stays off its moving average for some steps.
+
+    Args:
+        share: Distance from the average that counts, as a share of it.
+        hold: Steps in a row that it has to last.
+        weight: Of the newest value in the average.
+    """
+
+    share: float = 0.3
+    hold: int = 3
+    weight: float = 0.1
+    average: float | None = field(init=False, default=None)
+    off: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.share <= 0 or self.hold < 1 or not 0 < self.weight <= 1:
+            raise InputError(
+                f"share={self.share}, hold={self.hold}, weight={self.weight}: legal are a share above 0, 1 step or more to hold, "
+                "and a weight above 0, up to 1."
+            )
+
+    def push(self, value: float) -> bool:
+        """Add a value; return whether the change is now established, after which the average starts anew."""
+        known = self.average
+        if known is not None and abs(value - known) > self.share * known:
+            self.off += 1
+            if self.off >= self.hold:
+                self.average, self.off = value, 0
+                return True
+            return False
+        self.off = 0
+        self.average = value if known is None else known + self.weight * (value - known)
+        return False
+
+
+class PublishedRule(PruningPolicy):
+    """The published rule: performance not good enough, prune less; else step too slow, prune more; else keep.
+
+    Decisions are taken when the network has changed (the step time or the bandwidth stays off its moving average), and then until
+    the rule says to keep the rate; or always.
+
+    Args:
+        target_seconds: Step time to reach; None takes ``target_factor``.
+        target_factor: Step time to reach, as a multiple of the time that the step computes.
+        good: Performance p(t) that is good enough, see ``LossRateWindow``; before the window is full, all is good enough.
+        window: Steps of the loss window.
+        form: Formula of the performance.
+        decide_every: Steps between decisions.
+        when: Take decisions on ``network_change``, or ``always``.
+        ladder: Rates to go up and down on.
+        change_share: How far off its average the step time or bandwidth has to be.
+        change_hold: For how many steps.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        target_seconds: float | None = None,
+        target_factor: float = 1.5,
+        good: float = 0.0,
+        window: int = 50,
+        form: PerformanceForm = "deviation",
+        decide_every: int = 5,
+        when: Literal["network_change", "always"] = "network_change",
+        ladder: list[float] = list(LADDER),  # noqa: B006  (never changed)
+        change_share: float = 0.3,
+        change_hold: int = 3,
+    ) -> None:
+        _check_rates("ladder", ladder)
+        if target_seconds is not None and target_seconds <= 0:
+            raise InputError(f"target_seconds={target_seconds} can't be reached. Legal: above 0, or null.")
+        if target_factor < 1:
+            raise InputError(f"target_factor={target_factor}: no step is faster than its computation. Legal: 1 or more.")
+        if decide_every < 1:
+            raise InputError(f"decide_every={decide_every}: legal is 1 step or more.")
+        if when not in ("network_change", "always"):
+            raise InputError(f"when={when!r} is unknown. Legal: network_change, always.")
+        self.target_seconds, self.target_factor, self.good = target_seconds, target_factor, good
+        self.losses = LossWindow(window, form)
+        self.decide_every, self.when, self.ladder = decide_every, when, list(ladder)
+        self.detectors = [ChangeDetector(change_share, change_hold) for _ in range(2)]
+        self.adjusting, self.waited = True, 0
+
+    def decide(self, measurement: Measurement, bytes_at: BytesAt) -> float:
+        """Return the next rate; see the class."""
+        self.losses.push(measurement.loss)
+        changed = [
+            detector.push(value)
+            for detector, value in zip(self.detectors, (measurement.step_seconds, measurement.bandwidth))
+            if value is not None
+        ]
+        self.adjusting |= any(changed) or self.when == "always"
+        self.waited += 1
+        if not self.adjusting or self.waited < self.decide_every:
+            return measurement.rate
+        self.waited = 0
+        step = self.direction(self.losses.performance(), measurement)
+        place = _rung(self.ladder, measurement.rate) + step
+        if step == 0 or not 0 <= place < len(self.ladder):
+            self.adjusting = False
+            return measurement.rate
+        self.detectors[0].average = None  # another rate has another step time
+        return self.ladder[place]
+
+    def direction(self, performance: float | None, measurement: Measurement) -> int:
+        """Return -1 to prune less, 1 to prune more, 0 to keep."""
+        if performance is not None and performance < self.good:
+            return -1
+        target = self.target_seconds or self.target_factor * measurement.compute_seconds
+        return 1 if measurement.step_seconds > target else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window of losses."""
+        return {"losses": list(self.losses.losses), "adjusting": self.adjusting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the window of losses."""
+        self.losses.losses.extend(state["losses"])
+        self.adjusting = state["adjusting"]
+
+
+def _rung(ladder: list[float], rate: float) -> int:
+    return min(range(len(ladder)), key=lambda place: abs(ladder[place] - rate))
+
+
+class Adaptive(PruningPolicy):
+    """Ours: the least pruning at which waiting for the network is a small share of the step, guarded by the loss.
+
+    The time that a byte takes is the median over the last steps, so that an outage of a step or two says nothing; with it, and
+    the bytes of every rate for this number of ranks, the share of waiting is predicted for each rung of the ladder. A rung whose
+    messages would take more bytes than a dense all-reduce is left out. The guard looks at the loss-rate window: while the loss
+    rises, the rate goes a rung down; when it rises fast, to dense, until it falls again.
+
+    Args:
+        waiting_share: Share of the step that may be spent waiting.
+        ladder: Rates to choose from.
+        window: Steps of the loss window.
+        form: Formula of the performance.
+        smoothing: Of the losses in the window; see ``LossRateWindow``.
+        wary: Performance below which the rate goes a rung down.
+        alarmed: Performance below which everything is sent.
+        memory: Steps that the medians are taken over.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        waiting_share: float = 0.25,
+        ladder: list[float] = list(LADDER),  # noqa: B006  (never changed)
+        window: int = 50,
+        form: PerformanceForm = "deviation",
+        smoothing: float = 0.1,
+        wary: float = -1.0,
+        alarmed: float = -2.0,
+        memory: int = 5,
+    ) -> None:
+        _check_rates("ladder", ladder)
+        if not 0 < waiting_share < 1:
+            raise InputError(f"waiting_share={waiting_share} is no share of a step. Legal: above 0, below 1.")
+        if alarmed > wary:
+            raise InputError(f"alarmed={alarmed} is above wary={wary}: a worse performance cannot be the milder one.")
+        if memory < 1:
+            raise InputError(f"memory={memory} remembers no step. Legal: 1 or more.")
+        self.waiting_share, self.ladder, self.wary, self.alarmed = waiting_share, list(ladder), wary, alarmed
+        self.losses = LossWindow(window, form, smoothing)
+        self.byte_seconds: deque[float] = deque(maxlen=memory)
+        self.compute_seconds: deque[float] = deque(maxlen=memory)
+
+    def decide(self, measurement: Measurement, bytes_at: BytesAt) -> float:
+        """Return the next rate; see the class."""
+        self.losses.push(measurement.loss)
+        self.compute_seconds.append(measurement.compute_seconds)
+        if measurement.bytes:
+            self.byte_seconds.append(measurement.busy_seconds / measurement.bytes)
+        if not self.byte_seconds:
+            return measurement.rate
+        return self.ladder[self.guarded(self.choose(bytes_at), self.losses.performance())]
+
+    def choose(self, bytes_at: BytesAt) -> int:
+        """Return the first rung at which waiting is a small enough share of the step; the fastest one where there is none."""
+        byte_seconds, compute = statistics.median(self.byte_seconds), statistics.median(self.compute_seconds)
+        dense = bytes_at(0.0)
+        waits = []
+        for place, rate in enumerate(self.ladder):
+            size = bytes_at(rate)
+            # About half of the computation is the backward pass, under which messages travel.
+            waiting = max(0.0, size * byte_seconds - compute / 2)
+            if waiting <= self.waiting_share * (compute + waiting):
+                return place
+            waits.append(math.inf if rate > 0 and size >= dense else waiting)
+        return min(range(len(waits)), key=lambda place: waits[place])
+
+    def guarded(self, place: int, performance: float | None) -> int:
+        """Return the rung after a look at the loss."""
+        if performance is None or performance >= self.wary:
+            return place
+        return 0 if performance < self.alarmed else max(0, place - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the windows."""
+        return {
+            "losses": list(self.losses.losses),
+            "byte_seconds": list(self.byte_seconds),
+            "compute_seconds": list(self.compute_seconds),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the windows."""
+        self.losses.losses.extend(state["losses"])
+        self.byte_seconds.extend(state["byte_seconds"])
+        self.compute_seconds.extend(state["compute_seconds"])

@@ -1,0 +1,167 @@
+"""The callback in a Trainer; the model is a user's own, not of this package."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch import nn
+
+from fulgurite.callbacks import Adaptive, FixedRate, GradientPruning, PruningPolicy
+from fulgurite.errors import InputError
+
+
+class Own(LightningModule):
+    """Somebody's regression."""
+
+    def __init__(self, unused=False):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+        self.unused = nn.Linear(10, 10) if unused else None
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.layers(batch[:, :20]), batch[:, :3].sum(dim=1, keepdim=True))
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data():
+    rows = torch.randn(256, 20, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.DataLoader(rows, batch_size=8)
+
+
+def fit(tmp_path, callback, *, model=None, ranks=1, ckpt_path=None, strategy=None, callbacks=(), **settings):
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy or ("auto" if ranks == 1 else DDPStrategy(start_method="fork", process_group_backend="gloo")),
+        callbacks=[*([callback] if callback else []), *callbacks],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **{"max_steps": 12, "enable_checkpointing": bool(callbacks), **settings},
+    )
+    model = model or Own()
+    trainer.fit(model, data(), ckpt_path=ckpt_path)
+    return trainer, model
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 0.1},
+        {"strategy": {"find_unused_parameters": True}, "unused": True},
+        {"strategy": {"static_graph": True}},
+    ],
+    ids=["plain", "accumulation", "bf16-mixed", "clipping", "find_unused_parameters", "static_graph"],
+)
+def test_two_ranks_stay_equal_with_every_feature_of_the_trainer(tmp_path, case):
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **case.pop("strategy", {}))
+    model = Own(unused=case.pop("unused", False))
+    before = weights(model).clone()
+    callback = GradientPruning(FixedRate(0.9), warmup=2, check_every=1, clip=5.0)  # stops where replicas differ
+    trainer, _ = fit(tmp_path, callback, model=model, ranks=2, strategy=strategy, **case)
+    assert trainer.callback_metrics["prune_rate"] == pytest.approx(0.9)
+    assert trainer.callback_metrics["bandwidth_mbit"] > 0
+    assert not torch.equal(weights(model), before)
+
+
+def test_rate_0_with_float32_is_bitwise_plain_ddp(tmp_path):
+    _, plain = fit(tmp_path, None, ranks=2)
+    _, ours = fit(tmp_path, GradientPruning(FixedRate(0.0), dense_format="float32"), ranks=2)
+    assert torch.equal(weights(plain), weights(ours))
+
+
+def test_a_run_that_goes_on_ends_as_an_uninterrupted_one(tmp_path):
+    def run(folder, epochs, ckpt_path=None):
+        saving = ModelCheckpoint(dirpath=tmp_path / folder, every_n_train_steps=8, save_top_k=-1, filename="{step}")
+        callback = GradientPruning(FixedRate(0.9, ramp_steps=6), warmup=2)
+        steps = {"max_steps": -1, "max_epochs": epochs, "limit_train_batches": 4}
+        return weights(fit(tmp_path, callback, ranks=2, callbacks=[saving], ckpt_path=ckpt_path, **steps)[1])
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    assert not torch.equal(run("parts", 3, tmp_path / "parts" / "step=8.ckpt"), whole)
+    assert torch.equal(run("parts", 4, tmp_path / "parts" / "step=8.ckpt"), whole)
+
+
+def test_one_process_prunes_its_own_gradient(tmp_path):
+    _, plain = fit(tmp_path, None)
+    callback = GradientPruning(FixedRate(0.9), warmup=0, flush_before_checkpoint=False)
+    trainer, pruned = fit(tmp_path, callback)
+    assert not torch.equal(weights(plain), weights(pruned))
+    assert callback.exchange.residuals
+    assert trainer.callback_metrics["prune_rate"] == pytest.approx(0.9)
+    _, dense = fit(tmp_path, GradientPruning(FixedRate(0.0)))
+    assert torch.equal(weights(plain), weights(dense))
+
+
+def test_warm_up_does_not_prune(tmp_path):
+    seen = []
+
+    class Noting(PruningPolicy):
+        def decide(self, measurement, bytes_at):
+            seen.append((measurement.step, measurement.rate))
+            return 0.5
+
+    fit(tmp_path, GradientPruning(Noting(), warmup=0.5, flush_before_checkpoint=False))
+    assert [step for step, _ in seen] == [*range(7, 13)]
+    assert seen[0][1] == 0.0
+    assert {rate for _, rate in seen[1:]} == {0.5}
+
+
+def test_adaptive_leaves_a_fast_link_alone(tmp_path):
+    callback = GradientPruning(Adaptive(waiting_share=0.99), warmup=0)
+    trainer, _ = fit(tmp_path, callback, ranks=1)
+    assert trainer.callback_metrics["prune_rate"] == 0
+
+
+class Manual(Own):
+    """Manual optimisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": Manual()}, "manual optimisation"),
+        ({"strategy": FSDPStrategy()}, "strategy=FSDPStrategy.*FSDP"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(tmp_path, settings, message):
+    trainer = Trainer(accelerator="cpu", callbacks=[GradientPruning()], logger=False, enable_checkpointing=False)
+    if "strategy" in settings:
+        trainer._accelerator_connector.strategy = settings["strategy"]
+    with pytest.raises(InputError, match=message):
+        trainer.callbacks[0].setup(trainer, settings.get("model", Own()), "fit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup": -1}, "warmup=-1"),
+        ({"warmup": 1.5}, "warmup=1.5"),
+        ({"dense_format": "int8"}, "dense_format='int8'"),
+        ({"clip": 0}, "clip=0"),
+        ({"momentum": 1}, "momentum=1"),
+        ({"dense_below": -1}, "dense_below=-1"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        GradientPruning(**settings)

@@ -1,0 +1,199 @@
+"""The exchange by itself: what is sent and kept back, between processes and in one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fulgurite.callbacks.gradient_pruning.hook import GradientExchange
+
+SHAPES = st.lists(
+    st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 60), st.integers(1, 60))), min_size=1, max_size=5
+)
+
+
+def parameters_of(shapes, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(*shape, generator=draw)) for shape in shapes]
+
+
+def exchange_of(parameters, **changes):
+    names = {id(parameter): f"p{number}" for number, parameter in enumerate(parameters)}
+    return GradientExchange(names, **{"dense_below": 16, **changes})
+
+
+def kept_back(exchange, parameters):
+    empty = [torch.zeros(parameter.numel()) for parameter in parameters]
+    return torch.cat([exchange.residuals.get(f"p{number}", zero) for number, zero in enumerate(empty)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.lists(st.sampled_from([0.0, 0.5, 0.9, 0.99]), min_size=1, max_size=4), st.sampled_from([None, 0.5]))
+def test_sent_and_kept_back_are_the_clipped_gradient_and_what_was_kept_back(shapes, rates, clip):
+    parameters = parameters_of(shapes)
+    exchange = exchange_of(parameters, clip=clip)
+    total = sum(parameter.numel() for parameter in parameters)
+    draw = torch.Generator().manual_seed(1)
+    for turn, rate in enumerate(rates):
+        gradient = torch.randn(total, generator=draw)
+        clipped = gradient * min(1.0, clip / float(gradient.norm())) if clip else gradient
+        before = kept_back(exchange, parameters)
+        exchange.rate, exchange.turn = rate, turn
+        sent = exchange.exchange(gradient.clone(), parameters, total).wait()
+        after = kept_back(exchange, parameters)
+        torch.testing.assert_close(sent + after, clipped + before, rtol=1e-6, atol=1e-6)
+
+
+def test_flush_leaves_nothing_behind():
+    parameters = parameters_of([(50, 50)])
+    exchange = exchange_of(parameters)
+    exchange.rate = 0.9
+    first = exchange.exchange(torch.ones(2500), parameters, 2500).wait().clone()
+    exchange.flush = True
+    second = exchange.exchange(torch.ones(2500), parameters, 2500).wait()
+    assert not exchange.residuals
+    torch.testing.assert_close(first + second, torch.full((2500,), 2.0))
+
+
+def test_without_error_feedback_nothing_is_kept():
+    parameters = parameters_of([(50, 50)])
+    exchange = exchange_of(parameters, error_feedback=False)
+    exchange.rate = 0.9
+    sent = exchange.exchange(torch.randn(2500), parameters, 2500).wait()
+    assert not exchange.residuals
+    assert int((sent != 0).sum()) == 250
+
+
+def test_momentum_of_what_was_sent_is_forgotten():
+    parameters = parameters_of([(50, 50)])
+    exchange = exchange_of(parameters, momentum=0.9)
+    exchange.rate = 0.9
+    sent = exchange.exchange(torch.randn(2500), parameters, 2500).wait()
+    velocity = exchange.velocities["p0"]
+    assert (velocity[sent != 0] == 0).all()
+    assert (velocity[sent == 0] != 0).all()
+    before = velocity.clone()
+    gradient = torch.randn(2500)
+    held = exchange.residuals["p0"].clone()
+    result = exchange.exchange(gradient.clone(), parameters, 2500).wait()
+    torch.testing.assert_close(result + exchange.residuals["p0"], 0.9 * before + gradient + held, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_does_not_poison_the_next():
+    parameters = parameters_of([(50, 50)])
+    exchange = exchange_of(parameters)
+    exchange.rate = 0.9
+    gradient = torch.randn(2500)
+    gradient[::3] = float("nan")
+    exchange.exchange(gradient, parameters, 2500).wait()
+    sent = exchange.exchange(torch.randn(2500), parameters, 2500).wait()
+    assert torch.isfinite(sent).all()
+
+
+# Between processes
+
+
+def _process(rank, function, count, store, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    function(rank, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(function, tmp_path, *arguments, count=2):
+    """Run a function on some ranks; an error on any of them is raised here."""
+    mp.start_processes(_process, args=(function, count, str(tmp_path / "store"), arguments), nprocs=count, start_method="fork")
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(30, 70), nn.Tanh(), nn.Linear(70, 50), nn.Tanh(), nn.Linear(50, 3))
+
+
+def train(rank, exchange, steps, rates, model=None):
+    """Train some steps by DDP; return the weights."""
+    model = model or model_of()
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.01)
+    if exchange is not None:
+        exchange.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        total = sum(parameter.numel() for parameter in model.parameters())
+
+        def hook(state, bucket):
+            return state.exchange(bucket.buffer(), bucket.parameters(), total)
+
+        wrapped.register_comm_hook(exchange, hook)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    draw = torch.Generator().manual_seed(100 + rank)
+    for step in range(steps):
+        if exchange is not None:
+            exchange.rate, exchange.turn = rates[step % len(rates)], step
+        optimizer.zero_grad()
+        wrapped(torch.randn(8, 30, generator=draw)).pow(2).mean().backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def _replicas(rank, count):
+    weights = train(rank, GradientExchange({}, dense_below=16), 200, [0.0, 0.5, 0.9, 0.99])
+    others = [torch.empty_like(weights) for _ in range(count)]
+    dist.all_gather(others, weights)
+    for other in others:
+        assert torch.equal(weights, other)
+    assert torch.isfinite(weights).all()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_replicas_are_bitwise_equal_after_200_steps_with_changing_rates(tmp_path, count):
+    on_ranks(_replicas, tmp_path, count, count=count)
+
+
+def _dense(rank):
+    plain = train(rank, None, 20, [0.0])
+    exact = train(rank, GradientExchange({}, dense_format="float32"), 20, [0.0])
+    assert torch.equal(plain, exact)
+    rounded = train(rank, GradientExchange({}, dense_format="float16"), 20, [0.0])
+    # float16 rounds by at most 2^-11 of a value, and what it rounds off comes with the next step
+    assert (plain - rounded).abs().max() < 20 * 0.05 * 2**-11
+    assert not torch.equal(plain, rounded)
+
+
+def test_rate_0_is_plain_ddp(tmp_path):
+    on_ranks(_dense, tmp_path)
+
+
+def _mean(rank):
+    """What all ranks get is the mean of what they sent."""
+    parameters = parameters_of([(40, 40), (7,)])
+    exchange = exchange_of(parameters)
+    exchange.rate = 0.75
+    gradient = torch.randn(1607, generator=torch.Generator().manual_seed(rank))
+    result = exchange.exchange(gradient.clone(), parameters, 1607).wait()
+    own = gradient - kept_back(exchange, parameters)
+    total = own.clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(result, total / 2, rtol=1e-6, atol=1e-6)
+    assert exchange.clock.bytes == 1600 // 8 + 2 * 400 + 2 * 7
+    assert exchange.clock.busy > 0
+
+
+def test_ranks_get_the_mean_of_what_was_sent(tmp_path):
+    on_ranks(_mean, tmp_path)
+
+
+def _pays(rank):
+    """Eight ranks would send more by an all-gather of a quarter than by an all-reduce of everything."""
+    parameters = parameters_of([(40, 40)])
+    exchange = exchange_of(parameters)
+    exchange.rate, exchange.ranks = 0.75, 8
+    gradient = torch.randn(1600)
+    exchange.exchange(gradient, parameters, 1600).wait()
+    assert exchange.clock.bytes == 2 * 7 / 8 * 1600 * 2
+
+
+def test_everything_is_sent_where_a_selection_would_take_more_bytes(tmp_path):
+    on_ranks(_pays, tmp_path)

@@ -1,0 +1,157 @@
+import pytest
+
+from fulgurite.callbacks.gradient_pruning import Adaptive, FixedRate, Measurement, PublishedRule
+from fulgurite.callbacks.gradient_pruning.policy import LADDER, BytesAt, ChangeDetector
+from fulgurite.errors import InputError
+
+MILLION = 1_000_000
+
+
+def measured(step=0, *, rate=0.0, compute=0.1, bandwidth=2.5e6, ranks=2, loss=3.0, seconds=None, bytes_at=None):
+    """A step on a link of so many bytes a second."""
+    sent = (bytes_at or BytesAt(0, 4 * MILLION, ranks, 2))(rate)
+    busy = sent / bandwidth
+    exposed = max(0.0, busy - compute / 2)
+    return Measurement(step, loss, seconds or compute + exposed, exposed, busy, sent, rate, ranks)
+
+
+def run(policy, bandwidths, *, compute=0.1, ranks=2, losses=None):
+    """Return the rates that a policy chooses, step by step."""
+    bytes_at = BytesAt(0, 4 * MILLION, ranks, 2)
+    rate, rates = policy.start(), []
+    for step, bandwidth in enumerate(bandwidths):
+        loss = losses[step] if losses else 5 - 0.01 * step
+        rate = policy.decide(
+            measured(step, rate=rate, bandwidth=bandwidth, compute=compute, ranks=ranks, loss=loss, bytes_at=bytes_at), bytes_at
+        )
+        rates.append(rate)
+    return rates
+
+
+def test_bytes_of_a_step():
+    bytes_at = BytesAt(100, 1000, 2, 4)
+    assert bytes_at(0) == 1100 * 4  # a ring of two sends everything once
+    assert bytes_at(0.99) == pytest.approx(2 * 100 + 0.01 * 1000 * 4)
+    assert BytesAt(0, 1000, 4, 2)(0) == 1.5 * 1000 * 2
+    assert BytesAt(0, 1000, 4, 2)(0.99) == pytest.approx(3 * 10 * 4)
+
+
+def test_fixed_rate_and_its_ramp():
+    assert set(run(FixedRate(0.99), [1e6] * 5)) == {0.99}
+    ramp = run(FixedRate(0.99, ramp_steps=10), [1e6] * 20)
+    assert ramp == sorted(ramp)
+    assert ramp[0] == pytest.approx(0.75)
+    assert ramp[-1] == 0.99
+
+
+def test_published_rule_prunes_more_while_the_step_is_too_slow_and_then_keeps():
+    rates = run(PublishedRule(decide_every=1, target_factor=1.5), [2.5e6] * 60)
+    assert rates == sorted(rates)
+    final = rates[-1]
+    assert measured(rate=final).step_seconds <= 1.5 * 0.1
+    below = LADDER[LADDER.index(final) - 1]
+    assert measured(rate=below).step_seconds > 1.5 * 0.1
+
+
+def test_published_rule_prunes_less_when_the_loss_does_not_fall():
+    policy = PublishedRule(window=5, decide_every=1, when="always")
+    rising = [3 + 0.1 * step for step in range(40)]
+    assert run(policy, [2.5e6] * 40, losses=rising)[-1] == 0.0
+
+
+def test_published_rule_waits_for_a_change_of_the_network():
+    policy = PublishedRule(decide_every=1)
+    rates = run(policy, [1e9] * 20 + [1e6] * 30)
+    assert set(rates[:20]) == {0.0}
+    assert rates[-1] > 0.9
+    always = run(PublishedRule(decide_every=1, when="always"), [1e9] * 20 + [1e6] * 30)
+    assert always[24] > rates[20]
+
+
+def test_target_in_seconds():
+    assert PublishedRule(target_seconds=0.2).direction(None, measured(seconds=0.3)) == 1
+    assert PublishedRule(target_seconds=0.4).direction(None, measured(seconds=0.3)) == 0
+    assert PublishedRule().direction(-0.1, measured(seconds=0.3)) == -1
+
+
+@pytest.mark.parametrize(("bandwidth", "expected"), [(1e9, 0.0), (12.5e6, 0.96), (2.5e6, 0.99), (1e4, 0.996)])
+def test_adaptive_finds_the_least_pruning_that_the_link_allows(bandwidth, expected):
+    rates = run(Adaptive(), [bandwidth] * 10, compute=0.16)
+    assert rates[-1] == expected or abs(LADDER.index(rates[-1]) - LADDER.index(expected)) <= 1
+    if expected == 0.0:
+        assert set(rates) == {0.0}
+
+
+def test_adaptive_follows_the_link_both_ways():
+    rates = run(Adaptive(), [1e9] * 10 + [2.5e6] * 10 + [1e9] * 15)
+    assert rates[9] == 0.0
+    assert rates[19] >= 0.96
+    assert rates[-1] == 0.0
+
+
+def test_adaptive_does_not_take_an_outage_for_a_slow_link():
+    link = [25e6] * 20
+    link[10] = 1e5
+    rates = run(Adaptive(), link)
+    assert rates[10] == rates[9] == rates[11]
+
+
+def test_adaptive_steps_back_when_the_loss_rises():
+    losses = [5 - 0.01 * step for step in range(60)] + [4.4 + 0.02 * step for step in range(60)]
+    rates = run(Adaptive(window=20, smoothing=1.0), [2.5e6] * 120, losses=losses)
+    assert rates[100] < rates[50]
+    gentle = Adaptive()
+    assert gentle.guarded(4, None) == gentle.guarded(4, 0.0) == 4
+    assert gentle.guarded(4, -1.5) == 3
+    assert gentle.guarded(4, -2.5) == 0
+
+
+def test_adaptive_knows_when_a_sparse_exchange_sends_more_than_a_dense_one():
+    policy = Adaptive()
+    policy.byte_seconds.append(1e-5)
+    policy.compute_seconds.append(0.1)
+    many = BytesAt(0, 4 * MILLION, 64, 2)
+    assert LADDER[policy.choose(many)] == 0.996  # one entry in 250 still pays for 64 ranks; one in 25 would not
+    assert many(0.96) > many(0)
+
+
+def test_state_goes_through_a_checkpoint():
+    for make in (Adaptive, PublishedRule):
+        one, two = make(window=5), make(window=5)
+        run(one, [2.5e6] * 8)
+        two.load_state_dict(one.state_dict())
+        assert two.losses.performance() == one.losses.performance()
+    ramp, again = FixedRate(0.99, ramp_steps=10), FixedRate(0.99, ramp_steps=10)
+    run(ramp, [1e6] * 4)
+    again.load_state_dict(ramp.state_dict())
+    bytes_at = BytesAt(0, 10, 2, 2)
+    assert again.decide(measured(8), bytes_at) == ramp.decide(measured(8), bytes_at)
+
+
+def test_a_change_has_to_last():
+    detector = ChangeDetector(share=0.3, hold=3)
+    assert not any(detector.push(value) for value in [1.0] * 5 + [2.0, 2.0, 1.0, 1.0])
+    assert [detector.push(2.0) for _ in range(3)] == [False, False, True]
+    assert not detector.push(2.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FixedRate(1.0), r"rate=\[1\.0\]: rates are shares"),
+        (lambda: FixedRate(0.9, ramp_steps=-1), "ramp_steps=-1"),
+        (lambda: PublishedRule(ladder=[0.9, 0.5]), "ladder="),
+        (lambda: PublishedRule(target_seconds=0), "target_seconds=0"),
+        (lambda: PublishedRule(target_factor=0.5), "target_factor=0.5"),
+        (lambda: PublishedRule(when="never"), "when='never'"),
+        (lambda: PublishedRule(decide_every=0), "decide_every=0"),
+        (lambda: PublishedRule(change_hold=0), "hold=0"),
+        (lambda: Adaptive(waiting_share=1), "waiting_share=1"),
+        (lambda: Adaptive(wary=-2, alarmed=-1), "alarmed=-1 is above wary=-2"),
+        (lambda: Adaptive(memory=0), "memory=0"),
+        (lambda: Adaptive(window=0), "window=0"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
