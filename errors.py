@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""The errors that the command line prints without a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class InputError(ValueError):
 
     The command line prints it without a traceback.
     """
+
+
+class RankLost(RuntimeError):
+    """Another process of a distributed run is gone: the message says so, and how to go on."""
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import os
 import sys
 
 from .. import __version__
-from ..errors import InputError, nearest
+from ..errors import InputError, RankLost, nearest
 
 # command: (module of this package with ``main(arguments)``, what it does)
 COMMANDS = {
@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"fulgurite {words[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+    except RankLost as error:
+        print(f"fulgurite {words[0]}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a process group with a lost rank may not end by itself
 
 
 def _dispatch(words: list[str]) -> None:

@@ -226,7 +226,7 @@ class LanguageModel(LightningModule):
         self.log(f"{stage}_loss", loss, prog_bar=True)
         self.log(f"{stage}_perplexity", math.exp(min(loss, 700.0)))
         self.log(f"{stage}_bits_per_byte", loss * tokens / max(size, 1) / math.log(2))
-        self.log(f"{stage}_calibration_error", self.calibration_error.compute())
+        self.log(f"{stage}_calibration_error", float(self.calibration_error.compute()))
         for module in self.children():
             if isinstance(module, Metric):
                 module.reset()

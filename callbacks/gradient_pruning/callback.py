@@ -13,11 +13,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...errors import InputError
+from ...errors import InputError, RankLost
 from .hook import DenseFormat, GradientExchange
 from .policy import Adaptive, Measurement, PruningPolicy
 
 log = logging.getLogger(__name__)
+# What gloo and NCCL say when a peer is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "Broken pipe", "NCCL", "gloo")
 
 
 def _hook(state: "GradientPruning", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -258,6 +260,20 @@ class GradientPruning(Callback):
         for rank, other in enumerate(parts):
             if not torch.equal(parts[0], other):
                 raise RuntimeError(f"The weights of rank {rank} differ from those of rank 0 after step {trainer.global_step}.")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say in one message that another rank is gone.
+
+        Raises:
+            RankLost: If the exchange failed.
+        """
+        lost = isinstance(exception, RuntimeError) and any(word in str(exception) for word in _LOST)
+        if self.exchange is not None and self.exchange.ranks > 1 and lost:
+            raise RankLost(
+                f"The exchange of gradients failed after step {trainer.global_step}: another rank has ended, or the network was "
+                f"away for longer than the process group's timeout. Start all ranks again from the last checkpoint "
+                f"(--ckpt_path last). Rank {self.exchange.rank} saw: {str(exception).splitlines()[0]}"
+            ) from exception
 
     # Checkpoints
 

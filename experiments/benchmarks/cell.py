@@ -80,7 +80,7 @@ def _run_step(step: dict[str, Any], words: list[str], folder: Path) -> dict[str,
     begin = time.perf_counter()
     record: dict[str, Any] = {"metrics": {}, "curves": {}, "cost": {}, "config": None, "data": {}, "models": {}}
     if step["command"] == "measure":
-        given = _measure(words)
+        given, record["curves"] = _measure(words)
         record["cost"] = _memory()
     elif step["command"] == "evaluate":
         from ..evaluation.evaluate import evaluate_words  # needs an extra
@@ -99,13 +99,22 @@ def _run_step(step: dict[str, Any], words: list[str], folder: Path) -> dict[str,
     return record
 
 
-def _measure(words: list[str]) -> dict[str, float]:
-    """Call ``module:function`` of this package with the options as arguments."""
+def _measure(words: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Call ``module:function`` of this package with the options as arguments; return its figures, and curves if it has some."""
     module, _, name = words[1].partition(":")
     function = getattr(importlib.import_module(f"fulgurite.experiments.{module}"), name)
     options = dict(word.removeprefix("--").split("=", 1) for word in words[2:])
-    arguments = {key: json.loads(value) if value[:1] in '[{"-0123456789' else value for key, value in options.items()}
-    return {key: float(value) for key, value in function(**arguments).items()}
+    given = function(**{key: _value(text) for key, text in options.items()})
+    figures = given.get("metrics", given)
+    return {key: float(value) for key, value in figures.items()}, given.get("curves", {})
+
+
+def _value(text: str) -> Any:
+    """Return what an option's text means: a number, list or mapping, else the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _command(step: dict[str, Any], words: list[str], folder: Path, record: dict[str, Any]) -> dict[str, float]:

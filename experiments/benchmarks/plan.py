@@ -78,7 +78,7 @@ _SCHEMA = _mapping(
                             "better": {"enum": ["lower", "higher"]},
                             "digits": {"type": "integer", "minimum": 0},
                             "timing": {"type": "boolean"},
-                            "relative": {"enum": ["ratio", "difference"]},
+                            "relative": {"enum": ["ratio", "difference", "speedup"]},
                         },
                         "title",
                     )
@@ -291,7 +291,7 @@ class Benchmark:
         for key, value in let.items():
             places[key] = fill(str(value), places, f"{where}, let: {key}")
         settings = {
-            key: json.loads(fill(json.dumps(value), places, f"{where}: {key}"))
+            key: _filled(value, places, f"{where}: {key}")
             for key, value in entry.get("set", {}).items()
             if value is not None  # with null, a variant leaves out a common setting
         }
@@ -390,6 +390,15 @@ def fill(text: str, values: dict[str, str], where: str) -> str:
         return str(values[match[1]])
 
     return _PLACE.sub(replace, text)
+
+
+def _filled(value: Any, places: dict[str, str], where: str) -> Any:
+    """Return a setting with the places in all its texts filled in."""
+    if isinstance(value, dict):
+        return {key: _filled(item, places, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, places, where) for item in value]
+    return fill(value, places, where) if isinstance(value, str) else value
 
 
 def _word(value: Any) -> str:

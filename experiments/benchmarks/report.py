@@ -172,7 +172,7 @@ def _mark_best(rows: list[Row], key: str, better: str) -> None:
 
 
 def _add_relative(report: Report, baseline: str | None) -> None:
-    """Add a column beside each that asks for one: the ratio to, or the difference from the baseline.
+    """Add a column beside each that asks for one: the ratio to, the difference from, or the speedup over the baseline.
 
     A group without the baseline is compared with its own first row.
     """
@@ -183,18 +183,23 @@ def _add_relative(report: Report, baseline: str | None) -> None:
         if not kind or not baseline:
             continue
         name = f"{key}:{kind}"
-        columns[name] = {**column, "title": f"{column['title']}, {'times' if kind == 'ratio' else 'less'} the baseline's"}
-        columns[name]["title"] = f"{column['title']} {'/' if kind == 'ratio' else '-'} baseline"
-        columns[name]["sign"] = kind == "difference"
-        if kind == "ratio":
+        how = {"ratio": "/ baseline", "difference": "- baseline", "speedup": "times less than the baseline"}[kind]
+        columns[name] = {**column, "title": f"{column['title']} {how}", "sign": kind == "difference"}
+        if kind != "difference":
             columns[name].pop("unit", None)
         for row in report.rows:
             group = [other for other in report.rows if other.group == row.group]
             base = next((other for other in group if other.variant == baseline), group[0]).cells[key].mean
             own = row.cells[key].mean
-            value = None if own is None or base is None else own - base if kind == "difference" else own / base if base else None
-            row.cells[name] = Cell(value, None)
+            row.cells[name] = Cell(None if own is None or base is None else _relative(kind, own, base), None)
     report.columns = columns
+
+
+def _relative(kind: str, own: float, base: float) -> float | None:
+    if kind == "difference":
+        return own - base
+    above, below = (base, own) if kind == "speedup" else (own, base)
+    return above / below if below else None
 
 
 def _text(cell: Cell, column: dict[str, Any], plus_minus: str) -> str:

@@ -1,0 +1,1 @@
+"""Config, shaped network and benchmark of gradient pruning."""

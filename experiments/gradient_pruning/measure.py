@@ -1,0 +1,225 @@
+"""Training over shaped links: what ``benchmark gradient_pruning`` measures."""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ...files import write_json
+from .baselines import read_log
+from .netlab import NetLab
+
+PRUNING = "fulgurite.callbacks.GradientPruning"
+_HOOK = "fulgurite.experiments.gradient_pruning.baselines.CompressionHook"
+_LOG = "fulgurite.experiments.gradient_pruning.baselines.StepLog"
+
+
+WARMUP = 7  # steps without pruning, of 150
+
+
+def _pruning(policy: str, **settings: Any) -> dict[str, Any]:
+    own = {"warmup": WARMUP, **{name: settings.pop(name) for name in ("error_feedback", "warmup") if name in settings}}
+    return {"class_path": PRUNING, "init_args": {"policy": {"class_path": policy, "init_args": settings}, **own}}
+
+
+# Each method is one callback, or none.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "float16": {"class_path": _HOOK, "init_args": {"kind": "float16"}},
+    "powersgd-1": {"class_path": _HOOK, "init_args": {"kind": "powersgd", "rank": 1}},
+    "powersgd-4": {"class_path": _HOOK, "init_args": {"kind": "powersgd", "rank": 4}},
+    **{f"fixed-{rate}": _pruning("FixedRate", rate=rate) for rate in (0.75, 0.9, 0.96, 0.99, 0.996)},
+    "fixed-0.99-no-feedback": _pruning("FixedRate", rate=0.99, error_feedback=False),
+    "ramp-0.99": _pruning("FixedRate", rate=0.99, ramp_steps=30, warmup=0.0),
+    "published": _pruning("PublishedRule", window=30),
+    "adaptive": _pruning("Adaptive"),
+}
+
+
+def _flap(lab: NetLab, turn: int) -> None:
+    lab.set_rate(("200mbit", "20mbit")[turn % 2])
+
+
+def _outage(lab: NetLab, turn: int) -> None:
+    # Of every ten seconds, one without network.
+    if turn % 10 == 5:
+        lab.cut(1)
+    elif turn % 10 == 6:
+        lab.restore(1)
+
+
+# link: (rate at the start, what is done to it, every how many seconds)
+LINKS: dict[str, tuple[str, Callable[[NetLab, int], None] | None, float]] = {
+    "1gbit": ("1gbit", None, 0),
+    "100mbit": ("100mbit", None, 0),
+    "20mbit": ("20mbit", None, 0),
+    "flapping": ("200mbit", _flap, 10.0),
+    "outages": ("100mbit", _outage, 1.0),
+}
+
+
+def run_training(method: str, link: str | None, *, ranks: int, steps: int, seed: int, options: list[str]) -> dict[str, Any]:
+    """Train with a method over a link and return its log.
+
+    Args:
+        method: One of ``METHODS``.
+        link: One of ``LINKS``; None trains over the loopback of this machine, unshaped.
+        ranks: Number of ranks.
+        steps: Optimizer steps.
+        seed: Seed of weights and order.
+        options: More words for ``fit``.
+
+    Raises:
+        InputError: If a name is unknown, or no network can be made here.
+        RuntimeError: If a rank fails; the message has the end of its output.
+    """
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is unknown. Legal: {', '.join(METHODS)}.")
+    if link is not None and link not in LINKS:
+        raise InputError(f"link={link!r} is unknown. Legal: {', '.join(LINKS)}.")
+    folder = Path(tempfile.mkdtemp(prefix="fulgurite-link-"))
+    try:
+        log = folder / "log.json"
+        callback = METHODS[method]
+        callbacks = [*([callback] if callback else []), {"class_path": _LOG, "init_args": {"file": str(log)}}]
+        words = ["fit", "-c", "gradient_pruning/train", f"--seed_everything={seed}", f"--trainer.max_steps={steps}"]
+        words += [f"--trainer.num_nodes={ranks}", "--trainer.devices=1", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+        words += ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        words += ["--trainer.enable_checkpointing=false", f"--trainer.callbacks={json.dumps(callbacks)}", "--run=link", *options]
+        script = folder / "rank.py"
+        script.write_text(
+            f"import json, sys\nsys.path[:0] = {sys.path!r}\nif __name__ == '__main__':\n"
+            f"    from fulgurite.experiments.main import main\n    main(json.loads({json.dumps(json.dumps(words))}))\n"
+        )
+        _run_ranks(script, link, ranks, folder)
+        return read_log(log)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_ranks(script: Path, link: str | None, ranks: int, folder: Path) -> None:
+    rate, act, every = LINKS[link] if link else ("10gbit", None, 0)
+    with NetLab(ranks, rate) as lab:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share this machine's cores
+        processes = [
+            lab.start(rank, [sys.executable, str(script)], folder=folder, log=folder / f"{rank}.txt") for rank in range(ranks)
+        ]
+        with lab.changing(act, every) if act else nullcontext():
+            codes = [process.wait() for process in processes]
+    failed = next((rank for rank, code in enumerate(codes) if code), None)
+    if failed is not None:
+        raise RuntimeError(
+            f"rank {failed} ended with exit code {codes[failed]}: {(folder / f'{failed}.txt').read_text()[-1500:]}"
+        )
+
+
+def steps_to(target: float, validations: list[dict[str, float]], key: str = "step") -> float | None:
+    """Return the step, or the seconds, at which the validation loss first reaches a target, on straight lines between points.
+
+    Args:
+        target: Loss in nats per token.
+        validations: Points of a ``StepLog``.
+        key: ``step`` or ``at``.
+    """
+    for before, after in pairwise(validations):
+        if after["loss"] <= target:
+            share = (before["loss"] - target) / (before["loss"] - after["loss"])
+            return before[key] + max(0.0, share) * (after[key] - before[key])
+    return None
+
+
+def curve(*, method: str, seeds: str, steps: int, out: str, ranks: int, fit: str) -> dict[str, float]:
+    """Take the loss curves of a method whose numbers do not depend on the link, once for all links.
+
+    Args:
+        method: One of ``METHODS``.
+        seeds: Seeds, separated by commas.
+        steps: Optimizer steps.
+        out: File for the curves.
+        ranks: Number of ranks.
+        fit: Words for ``fit`` that name model and data, separated by spaces.
+
+    Returns:
+        The mean loss at the end.
+    """
+    options = fit.split()
+    curves = [
+        run_training(method, None, ranks=ranks, steps=steps, seed=number, options=options)["validations"]
+        for number in map(int, str(seeds).split(","))
+    ]
+    write_json(Path(out), curves)
+    return {"final_loss": statistics.fmean(points[-1]["loss"] for points in curves)}
+
+
+def overlay(
+    *, seed: int, method: str, link: str, curves: str, steps: int, target: float, ranks: int, fit: str
+) -> dict[str, float]:
+    """Lay curves that were taken once over the step times on a link.
+
+    Args:
+        seed: Seed of the timed run.
+        method: One of ``METHODS`` whose numbers do not depend on the link.
+        link: One of ``LINKS``.
+        curves: File of ``curve``.
+        steps: Steps that are timed.
+        target: Validation loss to reach.
+        ranks: Number of ranks.
+        fit: As in ``curve``.
+    """
+    log = run_training(method, link, ranks=ranks, steps=steps, seed=seed, options=fit.split())
+    # The first steps of some methods are dense; each part of the run has its own pace.
+    times = [step["seconds"] for step in log["steps"][1:]]
+    warm, rest = statistics.fmean(times[: WARMUP - 1]), statistics.median(times[WARMUP:])
+    taken = json.loads(Path(curves).read_text("utf-8"))
+    reached = [steps_to(target, points) for points in taken]
+    seconds = [warm * min(step, WARMUP) + rest * max(0.0, step - WARMUP) for step in reached if step is not None]
+    figures = {"final_loss": statistics.fmean(points[-1]["loss"] for points in taken), **_pace(log)}
+    if len(seconds) == len(reached):
+        figures["seconds_to_target"] = statistics.fmean(seconds)
+        figures["steps_to_target"] = statistics.fmean(step for step in reached if step is not None)
+    return figures
+
+
+def whole(*, seed: int, method: str, link: str, steps: int, target: float, ranks: int, fit: str) -> dict[str, Any]:
+    """Run a method whole over a link, as one that adapts has to be.
+
+    Args:
+        seed: Seed of the run.
+        method: One of ``METHODS``.
+        link: One of ``LINKS``.
+        steps: Optimizer steps.
+        target: Validation loss to reach.
+        ranks: Number of ranks.
+        fit: As in ``curve``.
+
+    Returns:
+        Figures, and the curves of rate, step time and bandwidth over the seconds of the run.
+    """
+    log = run_training(method, link, ranks=ranks, steps=steps, seed=seed, options=fit.split())
+    figures = {"final_loss": log["validations"][-1]["loss"], **_pace(log)}
+    seconds = steps_to(target, log["validations"], "at")
+    if seconds is not None:
+        figures["seconds_to_target"] = seconds
+        figures["steps_to_target"] = steps_to(target, log["validations"]) or 0.0
+    curves = {
+        name: [[step["at"], step[name]] for step in log["steps"] if name in step]
+        for name in ("seconds", "prune_rate", "bandwidth_mbit")
+    }
+    curves["val_loss"] = [[point["at"], point["loss"]] for point in log["validations"]]
+    return {"metrics": figures, "curves": curves}
+
+
+def _pace(log: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Return the median step and, where it was logged, the share of it that was spent waiting."""
+    steps = log["steps"][WARMUP:]
+    figures = {"step_seconds": statistics.median(step["seconds"] for step in steps)}
+    waits = [step["exposed_seconds"] / step["seconds"] for step in steps if "exposed_seconds" in step]
+    return {**figures, "waiting": statistics.median(waits)} if waits else figures
