@@ -22,7 +22,7 @@ _PACKAGES = (
     "safetensors",
     "zstandard",
 )
-_RESULTS = ":!experiments/*/results"  # that a benchmark writes results does not change the code of its next cell
+_CODE = ("modules", "datamodules", "callbacks", "experiments")  # a document or a result that changes is another matter
 
 
 def environment(
@@ -69,7 +69,7 @@ def _commit() -> dict[str, Any]:
     try:
         return {
             "commit": git("rev-parse", "HEAD"),
-            "clean": not git("status", "--porcelain", "--untracked-files=no", "--", ".", _RESULTS),
+            "clean": not git("status", "--porcelain", "--", *_CODE, ":!experiments/*/results"),
         }
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "clean": None}

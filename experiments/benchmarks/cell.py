@@ -8,8 +8,10 @@ import importlib
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -86,6 +88,7 @@ def _run_step(step: dict[str, Any], words: list[str], folder: Path) -> dict[str,
         from ..evaluation.evaluate import evaluate_words  # needs an extra
 
         given = evaluate_words(words[1:])
+        record["cost"] = _memory()
     else:
         given = _command(step, words, folder, record)
     record["seconds"] = time.perf_counter() - begin
@@ -119,6 +122,9 @@ def _value(text: str) -> Any:
 
 def _command(step: dict[str, Any], words: list[str], folder: Path, record: dict[str, Any]) -> dict[str, float]:
     run_folder = folder / step["name"]
+    for checkpoint in run_folder.glob("checkpoints/*.ckpt"):
+        if not _is_whole(checkpoint):  # killed while it was copied from another disk
+            checkpoint.unlink()
     if list(run_folder.glob("checkpoints/*.ckpt")) and step["command"] == "fit":
         words = [*words, "--ckpt_path=last"]
     elif step["command"] != "predict":  # a capture goes on by itself
@@ -138,6 +144,14 @@ def _command(step: dict[str, Any], words: list[str], folder: Path, record: dict[
     if step["curves"]:
         record["curves"] = _curves(run_folder, step["curves"])
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return False
+    return True
 
 
 def _memory() -> dict[str, float]:
@@ -178,7 +192,7 @@ def _end_with_parent() -> None:
     """End this process when the one that started it does; it holds the other end of the standard input."""
     while os.read(0, 1):  # not through sys.stdin, which could not be closed while this waits
         pass
-    os._exit(3)
+    os.killpg(0, signal.SIGKILL)  # the ranks that a step may have started, too
 
 
 def main() -> None:

@@ -18,94 +18,12 @@ import yaml
 
 from ...errors import InputError, nearest
 from ..configs import data_folder, resolve_config
+from .schema import SCHEMA
 
 EXPERIMENTS = Path(__file__).parent.parent
 PACKAGE = EXPERIMENTS.parent
 SMOKE = "smoke"  # the scale whose results are thrown away
 _PLACE = re.compile(r"\{([\w.-]+)\}")
-_NAME = {"type": "string", "pattern": r"^[a-z0-9][a-z0-9_.-]*$"}
-
-_SETTINGS = {"type": "object"}
-_STEP = {
-    "command": {"enum": ["fit", "validate", "test", "predict", "evaluate", "measure"]},
-    "config": {"type": "string"},
-    "function": {"type": "string"},
-    "set": _SETTINGS,
-    "metrics": {"type": "object", "additionalProperties": {"type": "string"}},
-    "curves": {"type": "array", "items": {"type": "string"}},
-}
-
-
-def _mapping(properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-def _named(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "propertyNames": _NAME, "additionalProperties": entry}
-
-
-_SCHEMA = _mapping(
-    {
-        "title": {"type": "string"},
-        "note": {"type": "string"},
-        "equal": {"enum": ["tokens", "seconds", "bytes", "steps"]},
-        "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        "scales": _named(_SETTINGS),
-        "products": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command", "gives")),
-        "common": _mapping({**{key: _STEP[key] for key in ("command", "config", "function", "set", "curves")}, "let": _SETTINGS}),
-        "variants": _named(
-            _mapping(
-                {
-                    **_STEP,
-                    "title": {"type": "string"},
-                    "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-                    "disk": {"type": "string"},
-                    "group": {"type": "string"},
-                    "let": _SETTINGS,
-                },
-                "title",
-            )
-        ),
-        "evaluations": _named(_mapping(_STEP, "command", "metrics")),
-        "report": _mapping(
-            {
-                "baseline": {"type": "string"},
-                "columns": _named(
-                    _mapping(
-                        {
-                            "title": {"type": "string"},
-                            "unit": {"type": "string"},
-                            "better": {"enum": ["lower", "higher"]},
-                            "digits": {"type": "integer", "minimum": 0},
-                            "timing": {"type": "boolean"},
-                            "relative": {"enum": ["ratio", "difference", "speedup"]},
-                        },
-                        "title",
-                    )
-                ),
-                "plots": _named(
-                    _mapping(
-                        {
-                            "kind": {"enum": ["curve", "scatter", "bars"]},
-                            "x": {"type": "string"},
-                            "y": {"type": "string"},
-                            "title": {"type": "string"},
-                            "only": {"type": "array", "items": {"type": "string"}},
-                        },
-                        "kind",
-                        "y",
-                    )
-                ),
-            },
-            "columns",
-        ),
-    },
-    "title",
-    "note",
-    "scales",
-    "variants",
-    "report",
-)
 
 
 @dataclass
@@ -236,7 +154,8 @@ class Benchmark:
                 self._collect(products[name], products, order, [*above, job.name])
                 order[name] = products[name]
         content = {
-            "steps": [step.words() + sorted((step.metrics or {}).values()) + step.curves for step in job.steps],
+            "steps": [[step.words(), sorted((step.metrics or {}).items()), step.curves] for step in job.steps],
+            "kept": [job.disk, job.gives],
             "seed": job.seed,
             "configs": [Path(resolve_config(step.config)).read_text("utf-8") for step in job.steps if step.config],
             "data": self._data_hashes(job),
@@ -249,10 +168,13 @@ class Benchmark:
         words = " ".join(word for step in job.steps for word in step.words())
         hashes = {}
         for name, value in self.constants.items():
-            if not value.startswith("{data}/") or value not in words:
+            if value not in words:
                 continue
-            path = Path(self.constants["data"]) / value.removeprefix("{data}/")
-            if not path.exists():
+            named = value.startswith("{data}/")
+            path = Path(self.constants["data"]) / value.removeprefix("{data}/") if named else Path(value)
+            if not named and not _exists(path):
+                continue  # a number, or a source that is no file
+            if not _exists(path):
                 raise InputError(
                     f"{name}={str(path)!r} of benchmark {self.name!r} is not there. Name the folder of the data with --data, or "
                     f"your own with --set.{name}."
@@ -267,6 +189,8 @@ class Benchmark:
     def _cell(self, variant: str, entry: dict[str, Any], seed: int) -> Job:
         products = self.spec.get("products", {})
         common = self.spec.get("common", {})
+        if "function" in entry:
+            common = {key: value for key, value in common.items() if key != "config"}
         own = {**common, **entry, "set": {**common.get("set", {}), **entry.get("set", {})}}
         let = {**common.get("let", {}), **entry.get("let", {})}
         step = self._step("train", own, let)
@@ -280,7 +204,7 @@ class Benchmark:
             raise InputError(
                 f"variants.{variant}.disk={disk!r} of benchmark {self.name!r} is no product.{nearest(disk, products)}"
             )
-        needs = self._needs(steps)
+        needs = [name for name in products if name == disk or name in self._needs(steps)]
         return Job(f"{variant}-{seed}", steps, needs, variant=variant, title=entry["title"], seed=seed, disk=disk)
 
     def _step(self, name: str, entry: dict[str, Any], let: dict[str, Any]) -> Step:
@@ -338,7 +262,7 @@ def load_benchmark(
     path = found[name]
     try:
         spec = yaml.safe_load(path.read_text("utf-8"))
-        jsonschema.validate(spec, _SCHEMA)
+        jsonschema.validate(spec, SCHEMA)
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no YAML: {error}") from error
     except jsonschema.ValidationError as error:
@@ -361,6 +285,13 @@ def code_version() -> str:
         for path in sorted((PACKAGE / folder).rglob("*.py")):
             digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a setting too long for a path
+        return False
 
 
 @cache
@@ -409,7 +340,7 @@ def _matching(cells: list[Job], only: list[str]) -> list[Job]:
     kept = []
     names = {name for cell in cells for name in (cell.name, str(cell.variant))}
     for pattern in only:
-        if not any(Path(name).match(pattern) for name in names):
+        if not pattern or not any(Path(name).match(pattern) for name in names):
             raise InputError(f"--only {pattern!r} matches no variant or cell.{nearest(pattern, names)}")
     for cell in cells:
         if any(Path(name).match(pattern) for name in (cell.name, str(cell.variant)) for pattern in only):

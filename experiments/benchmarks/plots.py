@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import InputError, nearest
 from .plan import Benchmark
-from .report import Row, make_report
+from .tables import Row, make_table
 
 _MARKS = "osD^vP*Xh<>d"
 _DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
@@ -66,12 +66,12 @@ def draw_bars(axes: Any, titles: list[str], values: list[float], label: str, spr
 
 
 def _rows(plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any], *keys: str) -> list[Row]:
-    report = make_report(plan, results, mixed=True)
+    table = make_table(plan, results, mixed=True)
     for key in keys:
-        if key not in report.columns:
+        if key not in table.columns:
             raise InputError(f"plots of benchmark {plan.name!r}: {key!r} is no column of its report.")
     chosen = _chosen(plan, entry)
-    return [row for row in report.rows if row.variant in chosen and all(row.cells[key].mean is not None for key in keys)]
+    return [row for row in table.rows if row.variant in chosen and all(row.cells[key].mean is not None for key in keys)]
 
 
 def _chosen(plan: Benchmark, entry: dict[str, Any]) -> list[str]:
@@ -146,8 +146,9 @@ def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dic
         curves = [points for points in own if points]
         if not curves:
             continue
-        shared = sorted(set.intersection(*({step for step, _ in points} for points in curves)))
-        values = [sum(dict(map(tuple, points))[step] or 0.0 for points in curves) / len(curves) for step in shared]
+        finite = [{step: value for step, value in points if value is not None} for points in curves]
+        shared = sorted(set.intersection(*(set(points) for points in finite)))
+        values = [sum(points[step] for points in finite) / len(finite) for step in shared]
         width = max(1, round(len(values) * _SMOOTH))
         smooth = [sum(values[max(0, end - width) : end]) / min(width, end) for end in range(1, len(values) + 1)]
         dash, shade = next(styles)

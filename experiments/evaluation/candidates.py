@@ -25,7 +25,13 @@ class Score:
 
 @torch.inference_mode()
 def score_candidates(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, candidates: list[str], *, delimiter: str = " "
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    candidates: list[str],
+    *,
+    delimiter: str = " ",
+    special: bool = True,
 ) -> list[Score]:
     """Return the score of every candidate as the text that follows a prompt.
 
@@ -39,6 +45,7 @@ def score_candidates(
         prompt: Text before the candidate; not empty.
         candidates: At least two texts.
         delimiter: Stands between prompt and candidate.
+        special: Add special tokens that the tokenizer puts before a text; a chat template has brought them already.
 
     Raises:
         InputError: If there are fewer than two candidates, one is empty or twice there, or the prompt has no token.
@@ -47,12 +54,12 @@ def score_candidates(
         raise InputError(f"candidates={candidates!r}: give at least two different texts, none of them empty.")
     spaces = len(prompt) - len(prompt.rstrip())
     begin, space = (prompt[: len(prompt) - spaces], prompt[len(prompt) - spaces :]) if spaces else (prompt, "")
-    head = tokenizer(begin).input_ids
+    head = tokenizer(begin, add_special_tokens=special).input_ids
     if not head:
         raise InputError("prompt is empty. Give at least one character to classify.")
     scores = []
     for candidate in candidates:
-        whole = tokenizer(begin + space + delimiter + candidate).input_ids
+        whole = tokenizer(begin + space + delimiter + candidate, add_special_tokens=special).input_ids
         ids = torch.tensor([whole], device=model.device)
         count = len(whole) - len(head)
         logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=count).logits[0].float()

@@ -77,7 +77,7 @@ def generate(
         asked = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     loaded = load_model(model, weights)
     if candidates:
-        _show(score_candidates(loaded, tokenizer, asked, candidates))
+        _show(score_candidates(loaded, tokenizer, asked, candidates, special=not chat))
         return
     if not form.ends:
         continue_text(loaded, tokenizer, asked, settings, seed=seed, special=not chat, stream=True)

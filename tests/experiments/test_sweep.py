@@ -64,7 +64,7 @@ def test_a_study_is_the_same_twice_and_goes_on(start, tmp_path, capsys):
     assert "Best config" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         start(metric="val_perplexity", trials=6)
-    assert "holds a study with another metric" in capsys.readouterr().err
+    assert "searches with another metric" in capsys.readouterr().err
 
     from fulgurite.experiments.cli import run
 
@@ -72,15 +72,40 @@ def test_a_study_is_the_same_twice_and_goes_on(start, tmp_path, capsys):
     assert float(repeated.trainer.callback_metrics["val_loss"]) == more["trials"][0]["value"]
 
 
-def test_a_diverged_trial_is_recorded_and_the_study_goes_on(start):
-    rates = {"model.optimizer.init_args.lr": [1e30, 1e-3]}
-    done = start(space=rates, trials=3, sampler="GridSampler", sampler_args={"search_space": rates})
+def test_a_diverged_trial_is_recorded_and_a_grid_is_walked_through_once(start):
+    rates = {"model.optimizer.init_args.lr": [1e30, 1e-3, 1e-2, 1e-4]}
+    done = start(space=rates, trials=4, sampler="GridSampler", sampler_args={"search_space": rates})
     states = {trial["settings"]["model.optimizer.init_args.lr"]: trial["state"] for trial in done["trials"]}
-    assert states == {1e30: "diverged", 1e-3: "complete"}
+    assert states == {1e30: "diverged", 1e-3: "complete", 1e-2: "complete", 1e-4: "complete"}
+
+
+def test_settings_that_do_not_go_together_are_recorded_after_a_trial_that_went_well(start, monkeypatch):
+    from fulgurite.experiments import study as module
+
+    run, calls = module.run, []
+
+    def refuse(words, **rest):
+        calls.append(words)
+        if len(calls) == 2:
+            raise InputError("these do not go together")
+        return run(words, **rest)
+
+    monkeypatch.setattr(module, "run", refuse)
+    done = start(trials=3)
+    assert sorted(trial["state"] for trial in done["trials"]) == ["complete", "complete", "error"]
+
+
+def test_a_corrected_sweep_begins_anew_while_nothing_was_found(start):
+    with pytest.raises(SystemExit):
+        start(metric="val_lss")
+    done = start(trials=2, direction="maximize")
+    values = [trial["value"] for trial in done["trials"]]
+    assert values == sorted(values, reverse=True)
+    assert len(values) == 2
 
 
 def test_an_interrupted_trial_is_run_again(start, monkeypatch, tmp_path, capsys):
-    from fulgurite.experiments import sweep as module
+    from fulgurite.experiments import study as module
 
     run, calls = module.run, []
 
@@ -95,7 +120,7 @@ def test_an_interrupted_trial_is_run_again(start, monkeypatch, tmp_path, capsys)
         start()
     assert "The same command goes on" in capsys.readouterr().out
     done = start()
-    assert sorted(trial["number"] for trial in done["trials"]) == [0, 2, 3, 4]
+    assert sorted(trial["number"] for trial in done["trials"]) == [0, 2, 3, 4]  # 1 was interrupted
     chosen = [[word for word in words if word.startswith(("--model.optimizer", "--data.batch"))] for words in calls]
     assert chosen[1] == chosen[2]
 
@@ -167,5 +192,5 @@ def test_two_processes_share_a_study(tmp_path, text_file):
     second = subprocess.Popen(words, **quiet)
     assert first.wait(300) == second.wait(300) == 0
     trials = json.loads((tmp_path / "runs" / "sweeps" / "study" / "trials.json").read_text())["trials"]
-    assert len(trials) in (12, 13)
+    assert len(trials) == 12
     assert {trial["state"] for trial in trials} == {"complete", "diverged"}

@@ -105,7 +105,7 @@ def result(variant, seed, loss, *, speed=100.0, curve=(), **environment):
             "seed": seed,
             "fingerprint": f"{variant}-{seed}",
             "products": {},
-            "commands": [["fit"]],
+            "commands": [],
             "config": {},
         },
         "metrics": {"final": {"loss": loss}, "curves": {"train_loss": [list(point) for point in curve]}},

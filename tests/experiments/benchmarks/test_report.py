@@ -6,8 +6,8 @@ from fulgurite.errors import InputError
 from fulgurite.experiments.benchmarks import plan as plans
 from fulgurite.experiments.benchmarks import report
 from fulgurite.experiments.benchmarks.plots import draw
-from fulgurite.experiments.benchmarks.report import comma_separated, latex, make_report, markdown
 from fulgurite.experiments.benchmarks.results import load_results
+from fulgurite.experiments.benchmarks.tables import comma_separated, latex, make_table, markdown
 
 from .conftest import result
 
@@ -15,7 +15,7 @@ TWO = [result("slow", 0, 3.0), result("slow", 1, 3.2), result("fast", 0, 2.0)]
 
 
 def test_mean_spread_count_and_difference_to_the_baseline(bench):
-    text = markdown(make_report(bench(), TWO))
+    text = markdown(make_table(bench(), TWO))
     assert "|  | n | loss (nats) | loss - baseline (nats) | speed (tokens/s) |" in text
     assert "| small rate | 2 | 3.100 ± 0.141 | +0.000 | 100 ± 0 |" in text
     assert "| large rate | 1 | **2.000** | -1.100 | 100 |" in text
@@ -25,25 +25,25 @@ def test_mean_spread_count_and_difference_to_the_baseline(bench):
 
 def test_ratio_to_the_baseline(bench):
     plan = bench(lambda spec: spec["report"]["columns"]["loss"].update(relative="ratio"))
-    assert "| large rate | 1 | **2.000** | 0.645 |" in markdown(make_report(plan, TWO))
+    assert "| large rate | 1 | **2.000** | 0.645 |" in markdown(make_table(plan, TWO))
 
 
 def test_best_is_bold_only_if_it_leads_by_more_than_the_spread(bench):
     close = [result("slow", 0, 3.0), result("slow", 1, 3.2), result("fast", 0, 3.0)]
-    assert "**" not in markdown(make_report(bench(), close))
+    assert "**" not in markdown(make_table(bench(), close))
     single = [result("slow", 0, 3.0), result("fast", 0, 1.0)]
-    assert "**" not in markdown(make_report(bench(), single))  # no spread is known
+    assert "**" not in markdown(make_table(bench(), single))  # no spread is known
 
 
 def test_rows_of_another_group_are_not_compared(bench):
     plan = bench(lambda spec: spec["variants"]["fast"].update(group="other teacher"))
-    text = markdown(make_report(plan, TWO))
+    text = markdown(make_table(plan, TWO))
     assert "| *other teacher* |" in text
     assert "| large rate | 1 | 2.000 | +0.000 |" in text
 
 
 def test_missing_cells_and_forgotten_variants_are_listed(bench):
-    text = markdown(make_report(bench(), [*TWO[:1], TWO[2], result("gone", 0, 1.0)]))
+    text = markdown(make_table(bench(), [*TWO[:1], TWO[2], result("gone", 0, 1.0)]))
     assert "Missing: slow-1." in text
     assert "no such variant any more: gone" in text
 
@@ -59,8 +59,8 @@ def test_missing_cells_and_forgotten_variants_are_listed(bench):
 def test_mixtures_are_refused_unless_allowed_and_then_said(bench, other, message):
     results = [*TWO[:2], result("fast", 0, 2.0, **other)]
     with pytest.raises(InputError, match=message):
-        make_report(bench(), results)
-    assert "Mixed here: " in markdown(make_report(bench(), results, mixed=True))
+        make_table(bench(), results)
+    assert "Mixed here: " in markdown(make_table(bench(), results, mixed=True))
 
 
 def test_machines_may_differ_where_nothing_is_timed(bench):
@@ -68,16 +68,43 @@ def test_machines_may_differ_where_nothing_is_timed(bench):
         spec["report"]["columns"].pop("tokens_per_second")
         spec["report"].pop("plots")
 
-    text = markdown(make_report(bench(untimed), [*TWO[:2], result("fast", 0, 2.0, cpu="y")]))
+    text = markdown(make_table(bench(untimed), [*TWO[:2], result("fast", 0, 2.0, cpu="y")]))
     assert "Measured on several machines: x, 2 threads; y, 2 threads." in text
+
+
+def test_results_of_other_settings_are_refused(bench):
+    plan = bench()
+    cells = {cell.name: [step.words() for step in cell.steps] for cell in plan.cells()}
+    names = ["slow-0", "slow-1", "fast-0"]
+    own = [dict(entry, run={**entry["run"], "commands": cells[name]}) for entry, name in zip(TWO, names)]
+    make_table(plan, own)
+    own[2]["run"]["commands"][0].append("--data.batch_size=7")
+    with pytest.raises(InputError, match=r"other settings than the benchmark now has \(fast-0\)"):
+        make_table(plan, own)
+
+
+def test_a_value_that_some_seeds_lack_is_said_and_never_best(bench):
+    lacking = [*TWO[:1], result("fast", 0, 2.0), result("fast", 1, None), result("slow", 1, 3.2)]
+    text = markdown(make_table(bench(), lacking))
+    assert "| large rate | 2 | 2.000 (1 of 2) |" in text
+    assert "large rate: not every seed has loss" in text
+    assert "**" not in text
+
+
+def test_the_baseline_does_not_move(bench):
+    text = markdown(make_table(bench(), [result("fast", 0, 2.0)]))
+    assert "| large rate | 2.000 |  | 100 |" in text
+    wrong = bench(lambda spec: spec["report"].update(baseline="solw"))
+    with pytest.raises(InputError, match="report.baseline='solw'.*Did you mean 'slow'"):
+        make_table(wrong, TWO)
 
 
 def test_empty_results_and_unknown_metrics_are_refused(bench):
     with pytest.raises(InputError, match="there are no results at scale 'cpu'"):
-        make_report(bench(), [])
+        make_table(bench(), [])
     plan = bench(lambda spec: spec["report"]["columns"].update(acurracy={"title": "accuracy"}))
     with pytest.raises(InputError, match="no result has the metric 'acurracy'"):
-        make_report(plan, TWO)
+        make_table(plan, TWO)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +126,16 @@ def test_damaged_results_are_refused_by_name(tmp_path, content, message):
 
 
 def test_latex_and_csv(bench):
-    made = make_report(bench(lambda spec: spec["variants"]["fast"].update(title="50 % & more")), TWO)
+    made = make_table(bench(lambda spec: spec["variants"]["fast"].update(title="50 % & more")), TWO)
+    grouped = make_table(bench(lambda spec: spec["variants"]["fast"].update(group="other")), TWO)
+    assert r"\multicolumn{5}{l}{\textit{other}} \\" in latex(grouped)
     text = latex(made)
     assert r"small rate & 2 & 3.100 $\pm$ 0.141" in text
     assert r"50 \% \& more & 1 & \textbf{2.000}" in text
     assert r"\toprule" in text
     lines = comma_separated(made).splitlines()
-    assert lines[0].startswith("variant,title,n,loss,loss_std")
-    assert lines[1].startswith("slow,small rate,2,3.1")
+    assert lines[0].startswith("variant,title,group,n,loss,loss_std")
+    assert lines[1].startswith("slow,small rate,,2,3.1")
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])

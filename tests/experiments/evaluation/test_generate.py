@@ -114,6 +114,9 @@ def test_generated_code_runs_within_limits(tmp_path):
     assert (good, message) == (False, "MemoryError")
     good, _ = run_code("open('big', 'wb').write(bytes(10**7))")
     assert not good
+    assert run_code("exit()\nassert 1 == 2") == (False, "it exits before its end")
+    assert run_code("import os\nos._exit(0)") == (False, "it exits before its end")
+    assert run_code("while True: print('x' * 1000)")[0] is False  # its output is a file with a limit
     good, message = run_code("import os; print(sorted(os.environ), os.listdir())")
     assert good
     assert "HOME" not in message

@@ -1,0 +1,87 @@
+"""The form of a benchmark's YAML, as a JSON schema."""
+
+from typing import Any
+
+_NAME = {"type": "string", "pattern": r"^[a-z0-9][a-z0-9_.-]*$"}
+
+_SETTINGS = {"type": "object"}
+_STEP = {
+    "command": {"enum": ["fit", "validate", "test", "predict", "evaluate", "measure"]},
+    "config": {"type": "string"},
+    "function": {"type": "string"},
+    "set": _SETTINGS,
+    "metrics": {"type": "object", "additionalProperties": {"type": "string"}},
+    "curves": {"type": "array", "items": {"type": "string"}},
+}
+
+
+def _mapping(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "propertyNames": _NAME, "additionalProperties": entry}
+
+
+SCHEMA = _mapping(
+    {
+        "title": {"type": "string"},
+        "note": {"type": "string"},
+        "equal": {"enum": ["tokens", "seconds", "bytes", "steps"]},
+        "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        "scales": _named(_SETTINGS),
+        "products": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command", "gives")),
+        "common": _mapping({**{key: _STEP[key] for key in ("command", "config", "function", "set", "curves")}, "let": _SETTINGS}),
+        "variants": _named(
+            _mapping(
+                {
+                    **_STEP,
+                    "title": {"type": "string"},
+                    "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                    "disk": {"type": "string"},
+                    "group": {"type": "string"},
+                    "let": _SETTINGS,
+                },
+                "title",
+            )
+        ),
+        "evaluations": _named(_mapping(_STEP, "command", "metrics")),
+        "report": _mapping(
+            {
+                "baseline": {"type": "string"},
+                "columns": _named(
+                    _mapping(
+                        {
+                            "title": {"type": "string"},
+                            "unit": {"type": "string"},
+                            "better": {"enum": ["lower", "higher"]},
+                            "digits": {"type": "integer", "minimum": 0},
+                            "timing": {"type": "boolean"},
+                            "relative": {"enum": ["ratio", "difference", "speedup"]},
+                        },
+                        "title",
+                    )
+                ),
+                "plots": _named(
+                    _mapping(
+                        {
+                            "kind": {"enum": ["curve", "scatter", "bars"]},
+                            "x": {"type": "string"},
+                            "y": {"type": "string"},
+                            "title": {"type": "string"},
+                            "only": {"type": "array", "items": {"type": "string"}},
+                        },
+                        "kind",
+                        "y",
+                    )
+                ),
+            },
+            "columns",
+        ),
+    },
+    "title",
+    "note",
+    "scales",
+    "variants",
+    "report",
+)
