@@ -1,6 +1,7 @@
 """Plots of results by matplotlib (extra ``report``), readable in black and white; the same results give the same bytes."""
 
 import io
+import textwrap
 from collections.abc import Callable
 from itertools import cycle
 from typing import Any
@@ -10,7 +11,7 @@ from .plan import Benchmark
 from .tables import Row, make_table
 
 _MARKS = "osD^vP*Xh<>d"
-_DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
+_DASHES = ["-", "--", "-.", ":"]
 _SMOOTH = 0.1  # of a curve's points that a moving average covers
 
 
@@ -44,6 +45,7 @@ def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise InputError("Plots need the extra report: pip install 'fulgurite[report]'.") from error
     buffer = io.BytesIO()
@@ -53,6 +55,9 @@ def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 
         axes = figure.add_subplot()
         fill(axes)
         axes.set_title(title)
+        locator = axes.xaxis.get_major_locator()
+        if isinstance(locator, MaxNLocator):
+            locator.set_params(nbins=6)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()
@@ -83,7 +88,7 @@ def _chosen(plan: Benchmark, entry: dict[str, Any]) -> list[str]:
 
 
 def _name(title: str, group: str) -> str:
-    return f"{title} ({group})" if group else title
+    return textwrap.fill(f"{title} ({group})" if group else title, 34)
 
 
 def _label(plan: Benchmark, key: str) -> str:
