@@ -22,7 +22,8 @@ _PACKAGES = (
     "safetensors",
     "zstandard",
 )
-_CODE = ("modules", "datamodules", "callbacks", "experiments")  # a document or a result that changes is another matter
+# A document or a result that changes is another matter.
+_CODE = ("modules", "datamodules", "callbacks", "experiments", ":!experiments/*/results/*")
 
 
 def environment(
@@ -69,7 +70,7 @@ def _commit() -> dict[str, Any]:
     try:
         return {
             "commit": git("rev-parse", "HEAD"),
-            "clean": not git("status", "--porcelain", "--", *_CODE, ":!experiments/*/results"),
+            "clean": not git("status", "--porcelain", "--", *_CODE),
         }
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "clean": None}

@@ -96,6 +96,16 @@ def test_packaged_files_are_declared():
         assert "*.yaml" in declared[package], path
 
 
+def test_results_do_not_make_a_checkout_unclean():
+    from fulgurite.experiments.environment import _CODE
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "--", *_CODE], capture_output=True, text=True).stdout
+    assert "experiments/distillation/benchmark.yaml" in listed
+    assert "/results/" not in listed
+
+
 def readme_commands():
     text = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
