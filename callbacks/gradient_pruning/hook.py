@@ -154,7 +154,7 @@ class GradientExchange:
         began = time.perf_counter()
         self.clock.bytes += 2 * (self.ranks - 1) / self.ranks * message.numel() * message.element_size()
         work = dist.all_reduce(message, group=self.group, async_op=True)
-        return _future(work).then(lambda future: self._finish(began, buffer, buffer.copy_(_first(future))))
+        return work.get_future().then(lambda future: self._finish(began, buffer, buffer.copy_(_first(future))))
 
     def _send_selection(
         self, buffer: Tensor, large: list[tuple[str, Tensor]], small: list[tuple[str, Tensor]], layout: Layout
@@ -176,7 +176,7 @@ class GradientExchange:
         self.clock.bytes += (self.ranks - 1) * message.numel()
         messages = [torch.empty_like(message) for _ in range(self.ranks)]
         work = dist.all_gather(messages, message, group=self.group, async_op=True)
-        return _future(work).then(
+        return work.get_future().then(
             lambda future: self._finish(began, buffer, self._sum(buffer, large, small, layout, messages), future)
         )
 
@@ -228,10 +228,6 @@ class GradientExchange:
             future.value()  # raises what went wrong on the way
         self.clock.arrived(began)
         return result
-
-
-def _future(work: Any) -> Future:
-    return work.get_future()
 
 
 def _first(future: Future) -> Tensor:

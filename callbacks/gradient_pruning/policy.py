@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ...errors import InputError
 from ..loss_rate import LossWindow, PerformanceForm
+from .wire import entry_bytes
 
 LADDER = (0.0, 0.75, 0.9, 0.96, 0.99, 0.996)
 
@@ -95,8 +96,7 @@ class BytesAt:
         if rate <= 0:
             return 2 * (self.ranks - 1) / self.ranks * (self.dense + self.sparse) * self.dense_bytes
         keep = 1 - rate
-        entry = 4.0 if keep <= 1 / 16 else 2 + 1 / (8 * keep)
-        return (self.ranks - 1) * (2 * self.dense + keep * self.sparse * entry)
+        return (self.ranks - 1) * (2 * self.dense + keep * self.sparse * entry_bytes(keep))
 
 
 def _check_rates(name: str, rates: tuple[float, ...] | list[float]) -> None:

@@ -60,6 +60,11 @@ class Layout:
         return self.place_bytes + 2 * self.count
 
 
+def entry_bytes(keep: float) -> float:
+    """Return the bytes of an entry that is sent, its place included, at a kept share."""
+    return 4.0 if keep <= 1 / 16 else 2 + 1 / (8 * keep)
+
+
 def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2) -> bool:
     """Whether an all-gather of a share takes fewer bytes through a rank's link than an all-reduce of everything.
 
@@ -71,8 +76,7 @@ def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2) -> bool:
         ranks: P.
         dense_bytes: b, bytes of an entry in the all-reduce.
     """
-    entry_bytes = 4.0 if keep <= 1 / 16 else 2 + 1 / (8 * keep)
-    return keep * entry_bytes * ranks < 2 * dense_bytes
+    return keep * entry_bytes(keep) * ranks < 2 * dense_bytes
 
 
 def select(values: Tensor, layout: Layout, turn: int = 0) -> Tensor:
