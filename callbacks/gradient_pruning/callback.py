@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...errors import InputError, RankLost
 from .hook import DenseFormat, GradientExchange
 from .policy import Adaptive, Measurement, PruningPolicy
+from .wire import ValueBits
 
 log = logging.getLogger(__name__)
 # What gloo and NCCL say when a peer is gone.
@@ -38,6 +39,8 @@ class GradientPruning(Callback):
         policy: Who decides the rate: ``Adaptive`` (default), ``PublishedRule``, ``FixedRate``, or your ``PruningPolicy``.
         warmup: Steps without pruning at the start; below 1, a share of the run's steps.
         dense_format: Type of the values where everything is sent: ``float16``, or ``float32``, which is bitwise plain DDP.
+        value_bits: Bits of a value where some entries are sent: 4 (a sign and three bits, a scale for each 256), or 16
+            (bfloat16). What rounding takes off is kept for the next step, like what is not sent.
         error_feedback: Keep what is not sent for the next step. Without it, pruning at high rates loses most of the gradient.
         clip: Largest norm of a rank's own gradient before the exchange; null clips nothing. The Trainer's ``gradient_clip_val``
             acts on the mean, after it.
@@ -61,6 +64,7 @@ class GradientPruning(Callback):
         *,
         warmup: float = 0.05,
         dense_format: DenseFormat = "float16",
+        value_bits: ValueBits = 4,
         error_feedback: bool = True,
         clip: float | None = None,
         momentum: float = 0.0,
@@ -72,6 +76,8 @@ class GradientPruning(Callback):
             raise InputError(f"warmup={warmup}: legal is a share of the run from 0 to below 1, or a whole number of steps.")
         if dense_format not in ("float16", "float32"):
             raise InputError(f"dense_format={dense_format!r} is unknown. Legal: float16, float32.")
+        if value_bits not in (4, 16):
+            raise InputError(f"value_bits={value_bits} is unknown. Legal: 4, 16.")
         if clip is not None and clip <= 0:
             raise InputError(f"clip={clip} leaves nothing. Legal: above 0, or null.")
         if not 0 <= momentum < 1:
@@ -82,6 +88,7 @@ class GradientPruning(Callback):
         self.warmup = warmup
         self.settings: dict[str, Any] = {
             "dense_format": dense_format,
+            "value_bits": value_bits,
             "error_feedback": error_feedback,
             "clip": clip,
             "momentum": momentum,
@@ -94,7 +101,6 @@ class GradientPruning(Callback):
         self._numbers: Tensor | None = None
         self._gathered: tuple[Any, list[Tensor]] | None = None
         self._step_begin = 0.0
-        self._exposed = 0.0
 
     # Before training
 
@@ -152,8 +158,7 @@ class GradientPruning(Callback):
         # only an exchange of everything gives the same numbers in any buckets.
         near = self._saves_after(trainer, step) or self._saves_after(trainer, step - 1)
         exchange.flush = self.flush_before_checkpoint and near
-        exchange.clock.bytes = exchange.clock.busy = 0.0
-        self._exposed = 0.0
+        exchange.clock.restart()
         self._step_begin = time.perf_counter()
 
     def _saves_after(self, trainer: Trainer, step: int) -> bool:
@@ -188,12 +193,6 @@ class GradientPruning(Callback):
         parts = [torch.empty_like(numbers) for _ in range(self.exchange.ranks)]
         self._gathered = (dist.all_gather(parts, numbers, async_op=True), parts)
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how long the step waited for the network; it has, when this is called."""
-        assert self.exchange is not None
-        if self.exchange.clock.bytes:
-            self._exposed = max(0.0, time.perf_counter() - self.exchange.clock.last_hook)
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Without DDP: prune the gradient of this process."""
         exchange = self.exchange
@@ -219,11 +218,14 @@ class GradientPruning(Callback):
             self._losses.append(loss.detach().float() * trainer.accumulate_grad_batches)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        seconds = time.perf_counter() - self._step_begin
         mean = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
         self._losses.clear()
         device = pl_module.device
-        numbers = [mean, seconds, self._exposed, exchange.clock.busy, exchange.clock.bytes, exchange.rate]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - self._step_begin
+        busy, exposed = exchange.clock.times()
+        numbers = [mean, seconds, exposed, busy, exchange.clock.bytes, exchange.rate]
         own = torch.tensor(numbers, device=device, dtype=torch.float64)
         measurement = None
         if exchange.ranks == 1:

@@ -5,8 +5,8 @@ feedback; Seide et al. 2014, Deep Gradient Compression, arXiv 1712.01887). Messa
 all-gather a bucket runs under the backward pass, and sums are taken in the order of the ranks: replicas stay bitwise equal.
 """
 
+import math
 import time
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,31 +15,58 @@ from torch import Tensor
 from torch.futures import Future
 
 from .policy import BytesAt
-from .wire import Layout, pack, select, sparse_pays, unpack
+from .wire import Layout, Places, ValueBits, pack, select, sparse_pays, unpack
 
 DenseFormat = Literal["float32", "float16"]
 
 
-@dataclass
-class Clock:
-    """Times and bytes of one step on one rank.
+Mark = float | torch.cuda.Event
 
-    Args:
-        bytes: Bytes that this rank sent.
-        busy: Seconds in which at least one message was under way.
-        last_hook: When the last bucket was handed over.
+
+class Clock:
+    """Messages and bytes of one step on one rank.
+
+    On CUDA a moment is an event on the stream, since the host runs ahead; the figures are then right once the device is through.
     """
 
-    bytes: float = 0.0
-    busy: float = 0.0
-    last_hook: float = 0.0
-    _end: float = 0.0
+    def __init__(self) -> None:
+        self.bytes = 0.0  # that this rank sent
+        self._messages: list[tuple[Mark, Mark]] = []
 
-    def arrived(self, begin: float) -> None:
-        """Add the time of a message that began then and has just arrived."""
-        now = time.perf_counter()
-        self.busy += max(0.0, now - max(begin, self._end))
-        self._end = max(self._end, now)
+    def restart(self) -> None:
+        """Forget the step."""
+        self.bytes = 0.0
+        self._messages.clear()
+
+    def mark(self, device: torch.device) -> Mark:
+        """Return this moment."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def arrived(self, posted: Mark, device: torch.device) -> None:
+        """Add a message that was posted then and has just arrived."""
+        self._messages.append((posted, self.mark(device)))
+
+    def times(self) -> tuple[float, float]:
+        """Return the seconds in which at least one message was under way, and those after the last one was posted."""
+        if not self._messages:
+            return 0.0, 0.0
+        first = self._messages[0][0]
+        spans = sorted((_seconds(first, posted), _seconds(first, arrived)) for posted, arrived in self._messages)
+        busy, end = 0.0, -math.inf
+        for posted, arrived in spans:
+            busy += max(0.0, arrived - max(posted, end))
+            end = max(end, arrived)
+        return busy, max(0.0, end - spans[-1][0])
+
+
+def _seconds(begin: Mark, end: Mark) -> float:
+    if isinstance(begin, float) and isinstance(end, float):
+        return end - begin
+    return float(begin.elapsed_time(end)) / 1000  # type: ignore[union-attr, arg-type]
 
 
 class GradientExchange:
@@ -48,6 +75,7 @@ class GradientExchange:
     Args:
         names: Name of each parameter, by ``id``.
         dense_format: Type of the values in an exchange of everything, which then is an all-reduce.
+        value_bits: Bits of a value in an exchange of some entries: 16 or 4.
         error_feedback: Keep what is not sent for the next step.
         clip: Largest norm of a rank's own gradient, before residuals are added; every bucket has its share by size. None clips
             nothing.
@@ -61,13 +89,14 @@ class GradientExchange:
         names: dict[int, str],
         *,
         dense_format: DenseFormat = "float16",
+        value_bits: ValueBits = 4,
         error_feedback: bool = True,
         clip: float | None = None,
         momentum: float = 0.0,
         dense_below: int = 2048,
         group: Any = None,
     ) -> None:
-        self.names, self.dense_format, self.error_feedback = names, dense_format, error_feedback
+        self.names, self.dense_format, self.value_bits, self.error_feedback = names, dense_format, value_bits, error_feedback
         self.clip, self.momentum, self.dense_below, self.group = clip, momentum, dense_below, group
         self.ranks = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
@@ -78,6 +107,7 @@ class GradientExchange:
         self.clock = Clock()
         self.residuals: dict[str, Tensor] = {}
         self.velocities: dict[str, Tensor] = {}
+        self._workspaces: dict[tuple[str, str, int], Tensor] = {}
 
     def is_small(self, parameter: Tensor) -> bool:
         """Whether a parameter is always sent whole."""
@@ -87,7 +117,7 @@ class GradientExchange:
         """Return the bytes of a step as a function of the rate."""
         small = sum(parameter.numel() for parameter in parameters if self.is_small(parameter))
         large = sum(parameter.numel() for parameter in parameters) - small
-        return BytesAt(small, large, self.ranks, self.dense_bytes)
+        return BytesAt(small, large, self.ranks, self.dense_bytes, self.value_bits)
 
     # One bucket, step by step: gather what is to be sent, send it, sum what arrives.
 
@@ -102,7 +132,6 @@ class GradientExchange:
         Returns:
             A future of the buffer.
         """
-        self.clock.last_hook = time.perf_counter()
         if self.clip is not None:
             limit = self.clip * (buffer.numel() / total) ** 0.5 / self.ranks**0.5
             buffer.mul_((limit / (buffer.norm() + 1e-12)).clamp(max=1.0))
@@ -110,9 +139,9 @@ class GradientExchange:
         self._add_residuals(buffer, parameters)
         keep = 1 - self.rate
         entries = sum(part.numel() for _, part in large)
-        if self.rate == 0 or self.flush or not entries or not sparse_pays(keep, self.ranks, self.dense_bytes):
+        if self.rate == 0 or self.flush or not entries or not sparse_pays(keep, self.ranks, self.dense_bytes, self.value_bits):
             return self._send_all(buffer, parameters)
-        return self._send_selection(buffer, large, small, Layout(entries, keep))
+        return self._send_selection(buffer, large, small, Layout(entries, keep, self.value_bits))
 
     def _split(self, buffer: Tensor, parameters: list[Tensor]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
         parts: tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]] = ([], [])
@@ -151,16 +180,17 @@ class GradientExchange:
             begin += size
         if self.ranks == 1:
             return _done(buffer.copy_(message))
-        began = time.perf_counter()
         self.clock.bytes += 2 * (self.ranks - 1) / self.ranks * message.numel() * message.element_size()
+        posted = self.clock.mark(buffer.device)
         work = dist.all_reduce(message, group=self.group, async_op=True)
-        return work.get_future().then(lambda future: self._finish(began, buffer, buffer.copy_(_first(future))))
+        return work.get_future().then(lambda future: buffer.copy_(self._arrived(posted, future)))
 
     def _send_selection(
         self, buffer: Tensor, large: list[tuple[str, Tensor]], small: list[tuple[str, Tensor]], layout: Layout
     ) -> Future[Tensor]:
         """All-gather the selected entries of large parameters, and small parameters whole."""
-        vector = torch.cat([part.float() for _, part in large])
+        vector = self._workspace("values", layout.size, large)
+        torch.cat([part for _, part in large], out=vector)
         dense = torch.cat([part.float() for _, part in small]) if small else vector.new_empty(0)
         message = torch.empty(layout.bytes + 2 * dense.numel(), dtype=torch.uint8, device=buffer.device)
         places = select(vector, layout, self.turn)
@@ -171,14 +201,24 @@ class GradientExchange:
         self._keep_back(large, vector, places)
         self._keep_back(small, dense - rounded.float(), None)
         if self.ranks == 1:
-            return _done(self._sum(buffer, large, small, layout, [message]))
-        began = time.perf_counter()
+            return _done(self._sum(buffer, large, small, layout, [message], (places, sent)))
         self.clock.bytes += (self.ranks - 1) * message.numel()
         messages = [torch.empty_like(message) for _ in range(self.ranks)]
+        posted = self.clock.mark(buffer.device)
         work = dist.all_gather(messages, message, group=self.group, async_op=True)
-        return work.get_future().then(
-            lambda future: self._finish(began, buffer, self._sum(buffer, large, small, layout, messages), future)
-        )
+
+        def unpacked(future: Future) -> Tensor:
+            self._arrived(posted, future)
+            return self._sum(buffer, large, small, layout, messages, (places, sent))
+
+        return work.get_future().then(unpacked)
+
+    def _workspace(self, use: str, size: int, parts: list[tuple[str, Tensor]]) -> Tensor:
+        """Return memory that a bucket uses at every step; fresh memory of this size costs more than all that is done in it."""
+        key = (use, parts[0][0], size)
+        if key not in self._workspaces:
+            self._workspaces[key] = torch.empty(size, device=parts[0][1].device)
+        return self._workspaces[key]
 
     def _keep_back(self, parts: list[tuple[str, Tensor]], rest: Tensor, sent: Tensor | None) -> None:
         """Store what was not sent of each parameter; momentum of what was sent is forgotten (factor masking)."""
@@ -206,13 +246,17 @@ class GradientExchange:
         small: list[tuple[str, Tensor]],
         layout: Layout,
         messages: list[Tensor],
+        own: tuple[Places, Tensor],
     ) -> Tensor:
-        """Fill the bucket with the mean of all ranks' messages, in the order of the ranks."""
-        total = torch.zeros(layout.size, device=buffer.device)
+        """Fill the bucket with the mean of all ranks' messages, in the order of the ranks; this rank's own is known unpacked."""
+        total = self._workspace("sums", layout.size, large).zero_()
         dense: Tensor | None = None
-        for message in messages:
-            places, values = unpack(message[: layout.bytes], layout)
-            total.index_add_(0, places, values)
+        for rank, message in enumerate(messages):
+            places, values = own if rank == self.rank else unpack(message[: layout.bytes], layout)
+            if isinstance(places, Tensor):
+                total.index_add_(0, places, values)
+            else:
+                total += values
             values = message[layout.bytes :].clone().view(torch.float16).float()
             dense = values if dense is None else dense + values
         for parts, sums in ((large, total), (small, dense)):
@@ -223,16 +267,12 @@ class GradientExchange:
                 begin += part.numel()
         return buffer
 
-    def _finish(self, began: float, buffer: Tensor, result: Tensor, future: Any = None) -> Tensor:
-        if future is not None:
-            future.value()  # raises what went wrong on the way
-        self.clock.arrived(began)
-        return result
-
-
-def _first(future: Future) -> Tensor:
-    value = future.value()
-    return value[0] if isinstance(value, list | tuple) else value
+    def _arrived(self, posted: Mark, future: Future) -> Any:
+        """Stop the clock of a message, and raise what went wrong on its way."""
+        value = future.value()
+        value = value[0] if isinstance(value, list | tuple) else value
+        self.clock.arrived(posted, value.device)
+        return value
 
 
 def _done(buffer: Tensor) -> Future[Tensor]:

@@ -3,17 +3,18 @@
 A *rate* is the share of a gradient's entries that is not sent: 0 sends everything, 0.99 one entry in a hundred.
 """
 
-import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import InputError
 from ..loss_rate import LossWindow, PerformanceForm
-from .wire import entry_bytes
+from .wire import ValueBits, entry_bytes, sends_all, sparse_pays
 
-LADDER = (0.0, 0.75, 0.9, 0.96, 0.99, 0.996)
+LADDER = (0.0, 0.2, 0.5, 0.75, 0.9, 0.96, 0.99, 0.996)
+_PRICES = (0.05, 0.5)  # of a step that an entry waits, as a share of a step: the least is what was measured
+_PACKING = 1.15  # computation with selection and packing, before that was measured
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,27 @@ class BytesAt:
         sparse: Entries that are pruned.
         ranks: Number of ranks.
         dense_bytes: Bytes of an entry when everything is sent.
+        value_bits: Bits of a value when some entries are sent.
     """
 
-    def __init__(self, dense: int, sparse: int, ranks: int, dense_bytes: int) -> None:
-        self.dense, self.sparse, self.ranks, self.dense_bytes = dense, sparse, ranks, dense_bytes
+    def __init__(self, dense: int, sparse: int, ranks: int, dense_bytes: int, value_bits: ValueBits = 16) -> None:
+        self.dense, self.sparse, self.ranks, self.dense_bytes, self.value_bits = dense, sparse, ranks, dense_bytes, value_bits
 
     def __call__(self, rate: float) -> float:
         """Return the bytes of a step at a rate."""
-        if rate <= 0:
+        if self._everything(rate):
             return 2 * (self.ranks - 1) / self.ranks * (self.dense + self.sparse) * self.dense_bytes
         keep = 1 - rate
-        return (self.ranks - 1) * (2 * self.dense + keep * self.sparse * entry_bytes(keep))
+        return (self.ranks - 1) * (2 * self.dense + keep * self.sparse * entry_bytes(keep, self.value_bits))
+
+    def delay(self, rate: float) -> float:
+        """Return the steps that a pruned entry waits until it is sent, on average over entries."""
+        if self._everything(rate) or sends_all(1 - rate, self.value_bits):
+            return 0.0
+        return rate / (1 - rate)
+
+    def _everything(self, rate: float) -> bool:
+        return rate <= 0 or not sparse_pays(1 - rate, self.ranks, self.dense_bytes, self.value_bits)
 
 
 def _check_rates(name: str, rates: tuple[float, ...] | list[float]) -> None:
@@ -275,15 +286,17 @@ def _rung(ladder: list[float], rate: float) -> int:
 
 
 class Adaptive(PruningPolicy):
-    """Ours: the least pruning at which waiting for the network is a small share of the step, guarded by the loss.
+    """Ours: the rate at which a run is through soonest, within a budget for stale gradients, guarded by the loss.
 
-    The time that a byte takes is the median over the last steps, so that an outage of a step or two says nothing; with it, and
-    the bytes of every rate for this number of ranks, the share of waiting is predicted for each rung of the ladder. A rung whose
-    messages would take more bytes than a dense all-reduce is left out. The guard looks at the loss-rate window: while the loss
-    rises, the rate goes a rung down; when it rises fast, to dense, until it falls again.
+    The time of a step is predicted for each rung of the ladder: what it computes, as measured, and what it waits, from the time
+    that a byte takes and the seconds of transfer that the backward pass hides, as medians over the last steps, so that an outage
+    of a step or two says nothing. An entry that is sent every n-th time waits n - 1 steps; each step of waiting has a price, a
+    share of the step, which rises while entries wait for more steps on average than the budget and falls while for fewer. So a
+    steady link is used at the least pruning that it needs, and on one that changes, the slow minutes are pruned more. The guard
+    looks at the loss-rate window: while the loss rises, the rate goes a rung down; when it rises fast, to dense, until it falls.
 
     Args:
-        waiting_share: Share of the step that may be spent waiting.
+        delay_budget: Steps that an entry may wait until it is sent, on average over entries and the last 50 steps.
         ladder: Rates to choose from.
         window: Steps of the loss window.
         form: Formula of the performance.
@@ -299,7 +312,7 @@ class Adaptive(PruningPolicy):
     def __init__(
         self,
         *,
-        waiting_share: float = 0.25,
+        delay_budget: float = 0.3,
         ladder: list[float] = list(LADDER),  # noqa: B006  (never changed)
         window: int = 50,
         form: PerformanceForm = "deviation",
@@ -309,40 +322,51 @@ class Adaptive(PruningPolicy):
         memory: int = 5,
     ) -> None:
         _check_rates("ladder", ladder)
-        if not 0 < waiting_share < 1:
-            raise InputError(f"waiting_share={waiting_share} is no share of a step. Legal: above 0, below 1.")
+        if delay_budget < 0:
+            raise InputError(f"delay_budget={delay_budget}: no entry is sent before it is known. Legal: 0 steps or more.")
         if alarmed > wary:
             raise InputError(f"alarmed={alarmed} is above wary={wary}: a worse performance cannot be the milder one.")
         if memory < 1:
             raise InputError(f"memory={memory} remembers no step. Legal: 1 or more.")
-        self.waiting_share, self.ladder, self.wary, self.alarmed = waiting_share, list(ladder), wary, alarmed
+        self.delay_budget, self.ladder, self.wary, self.alarmed = delay_budget, list(ladder), wary, alarmed
         self.losses = LossWindow(window, form, smoothing)
         self.byte_seconds: deque[float] = deque(maxlen=memory)
-        self.compute_seconds: deque[float] = deque(maxlen=memory)
+        self.hidden_seconds: deque[float] = deque(maxlen=memory)
+        self.compute_seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=memory))  # by rung
+        self.delay, self.price = 0.0, 0.2
 
     def decide(self, measurement: Measurement, bytes_at: BytesAt) -> float:
         """Return the next rate; see the class."""
         self.losses.push(measurement.loss)
-        self.compute_seconds.append(measurement.compute_seconds)
+        self.compute_seconds[_rung(self.ladder, measurement.rate)].append(measurement.compute_seconds)
         if measurement.bytes:
             self.byte_seconds.append(measurement.busy_seconds / measurement.bytes)
+            hidden = measurement.busy_seconds - measurement.exposed_seconds
+            if hidden > 0.9 * measurement.busy_seconds:  # more could have been hidden: half of the step is the backward pass
+                hidden = max(hidden, measurement.compute_seconds / 2)
+            self.hidden_seconds.append(max(0.0, hidden))
         if not self.byte_seconds:
             return measurement.rate
+        self.delay += 0.02 * (bytes_at.delay(measurement.rate) - self.delay)
+        dearer = self.delay > self.delay_budget
+        self.price = min(_PRICES[1], max(_PRICES[0], self.price * (1.1 if dearer else 1 / 1.1)))
         return self.ladder[self.guarded(self.choose(bytes_at), self.losses.performance())]
 
     def choose(self, bytes_at: BytesAt) -> int:
-        """Return the first rung at which waiting is a small enough share of the step; the fastest one where there is none."""
-        byte_seconds, compute = statistics.median(self.byte_seconds), statistics.median(self.compute_seconds)
-        dense = bytes_at(0.0)
-        waits = []
-        for place, rate in enumerate(self.ladder):
-            size = bytes_at(rate)
-            # About half of the computation is the backward pass, under which messages travel.
-            waiting = max(0.0, size * byte_seconds - compute / 2)
-            if waiting <= self.waiting_share * (compute + waiting):
-                return place
-            waits.append(math.inf if rate > 0 and size >= dense else waiting)
-        return min(range(len(waits)), key=lambda place: waits[place])
+        """Return the first rung that costs no more than a hair above the least."""
+        costs = [
+            self.seconds(rung, bytes_at(rate)) * (1 + self.price * bytes_at.delay(rate)) for rung, rate in enumerate(self.ladder)
+        ]
+        return next(rung for rung, cost in enumerate(costs) if cost <= 1.03 * min(costs))
+
+    def seconds(self, rung: int, size: float) -> float:
+        """Return the predicted time of a step on a rung whose messages have so many bytes."""
+        tried = {at: statistics.median(seconds) for at, seconds in self.compute_seconds.items()}
+        if rung not in tried:
+            sparse = [seconds for at, seconds in tried.items() if self.ladder[at] > 0]
+            tried[rung] = min(tried.values()) if self.ladder[rung] == 0 else max(sparse, default=_PACKING * max(tried.values()))
+        waiting = size * statistics.median(self.byte_seconds) - statistics.median(self.hidden_seconds)
+        return tried[rung] + max(0.0, waiting)
 
     def guarded(self, place: int, performance: float | None) -> int:
         """Return the rung after a look at the loss."""
@@ -351,15 +375,21 @@ class Adaptive(PruningPolicy):
         return 0 if performance < self.alarmed else max(0, place - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the windows."""
+        """Return the windows, and the price with what led to it."""
         return {
             "losses": list(self.losses.losses),
             "byte_seconds": list(self.byte_seconds),
-            "compute_seconds": list(self.compute_seconds),
+            "hidden_seconds": list(self.hidden_seconds),
+            "compute_seconds": {rung: list(seconds) for rung, seconds in self.compute_seconds.items()},
+            "delay": self.delay,
+            "price": self.price,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the windows."""
+        """Go on with the windows and the price."""
         self.losses.losses.extend(state["losses"])
         self.byte_seconds.extend(state["byte_seconds"])
-        self.compute_seconds.extend(state["compute_seconds"])
+        self.hidden_seconds.extend(state["hidden_seconds"])
+        for rung, seconds in state["compute_seconds"].items():
+            self.compute_seconds[rung].extend(seconds)
+        self.delay, self.price = state["delay"], state["price"]

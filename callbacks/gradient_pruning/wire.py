@@ -4,17 +4,22 @@ The number of entries depends on sizes and the rate alone, never on values, so t
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BLOCK = 1 << 16  # entries whose place fits into 16 bits
+GROUP = 256  # values of 4 bits that share a scale
 _SAMPLE = 16  # of so many entries, one is looked at to find a threshold
-_MARGIN = 1.1  # candidates that the threshold lets through, for each that is sent
+_MARGIN = 1.05  # candidates that the threshold lets through, for each that is sent
 
-Form = Literal["ids", "mask"]
+Form = Literal["ids", "mask", "all"]
+ValueBits = Literal[4, 16]
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,12 @@ class Layout:
     Args:
         size: Entries of the vector.
         keep: Share of them that is sent, above 0, below 1.
+        value_bits: Bits of a value: 16 for bfloat16; 4 for a sign and the root of its share of the largest of 256, in sevenths.
     """
 
     size: int
     keep: float
+    value_bits: ValueBits = 16
 
     @property
     def blocks(self) -> int:
@@ -37,6 +44,8 @@ class Layout:
     def counts(self) -> list[int]:
         """Return how many entries of each block are sent; at least one."""
         sizes = [min(BLOCK, self.size - start) for start in range(0, self.size, BLOCK)]
+        if self.form == "all":
+            return sizes
         return [min(size, max(1, math.ceil(self.keep * size))) for size in sizes]
 
     @property
@@ -46,26 +55,39 @@ class Layout:
 
     @property
     def form(self) -> Form:
-        """The smaller one: 16-bit ids, or a bit for every entry."""
-        return "ids" if 2 * self.count <= -(-self.size // 8) else "mask"
+        """The smallest one: 16-bit ids, a bit for every entry, or every entry, where no fewer bytes would leave some out."""
+        if sends_all(self.keep, self.value_bits):
+            return "all"
+        return "ids" if self.keep <= 1 / 16 else "mask"
 
     @property
     def place_bytes(self) -> int:
         """Bytes that say which entries are sent."""
-        return 2 * self.count if self.form == "ids" else -(-self.size // 8)
+        return {"ids": 2 * self.count, "mask": -(-self.size // 8), "all": 0}[self.form]
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the values, scales included."""
+        return 2 * self.count if self.value_bits == 16 else -(-self.count // 2) + 2 * -(-self.count // GROUP)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the message: places, and bfloat16 values."""
-        return self.place_bytes + 2 * self.count
+        """Bytes of the message: places, then values."""
+        return self.place_bytes + self.value_bytes
 
 
-def entry_bytes(keep: float) -> float:
-    """Return the bytes of an entry that is sent, its place included, at a kept share."""
-    return 4.0 if keep <= 1 / 16 else 2 + 1 / (8 * keep)
+def entry_bytes(keep: float, value_bits: ValueBits = 16) -> float:
+    """Return the bytes of an entry that is sent, its place and its part of a scale included, at a kept share."""
+    value = 2.0 if value_bits == 16 else 0.5 + 2 / GROUP
+    return min(2.0 + value, 1 / (8 * keep) + value, value / keep)
 
 
-def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2) -> bool:
+def sends_all(keep: float, value_bits: ValueBits = 16) -> bool:
+    """Whether a message of a kept share carries all entries, since it would be no shorter if it left some out."""
+    return keep * entry_bytes(keep, value_bits) >= entry_bytes(1.0, value_bits)
+
+
+def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2, value_bits: ValueBits = 16) -> bool:
     """Whether an all-gather of a share takes fewer bytes through a rank's link than an all-reduce of everything.
 
     A ring all-reduce sends ``2 (P - 1) / P`` times the vector, an all-gather ``P - 1`` messages of ``e`` bytes an entry sent: it
@@ -75,11 +97,15 @@ def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2) -> bool:
         keep: Share that is sent.
         ranks: P.
         dense_bytes: b, bytes of an entry in the all-reduce.
+        value_bits: Bits of a value in the all-gather; with its place, it makes e.
     """
-    return keep * entry_bytes(keep) * ranks < 2 * dense_bytes
+    return keep * entry_bytes(keep, value_bits) * ranks < 2 * dense_bytes - 1e-9
 
 
-def select(values: Tensor, layout: Layout, turn: int = 0) -> Tensor:
+Places = Tensor | slice  # a slice where all entries are sent
+
+
+def select(values: Tensor, layout: Layout, turn: int = 0) -> Places:
     """Return the places [count] of large entries, ascending, as many in each block as the layout says.
 
     A threshold is read off a sample of each block, a little low; of the entries above it so many are taken as are to be sent.
@@ -90,15 +116,18 @@ def select(values: Tensor, layout: Layout, turn: int = 0) -> Tensor:
         layout: How many of each block.
         turn: Changes from call to call.
     """
-    magnitudes = values.abs()
     counts = layout.counts()
+    if layout.form == "all":
+        return slice(None)
     whole = layout.size // BLOCK
+    together = 1 if not values.is_cuda else max(1, whole)  # one block stays in the cache of a CPU
     parts = []
-    if whole:
-        table = magnitudes[: whole * BLOCK].view(whole, BLOCK)
-        parts.append(_select_blocks(table, counts[0], turn))
+    for first in range(0, whole, together):
+        last = min(whole, first + together)
+        table = values[first * BLOCK : last * BLOCK].view(-1, BLOCK).abs()
+        parts.append(_select_blocks(table, counts[0], turn) + first * BLOCK)
     if whole < layout.blocks:
-        rest = magnitudes[whole * BLOCK :]
+        rest = values[whole * BLOCK :].abs()
         parts.append(rest.topk(counts[-1], sorted=False).indices.sort().values + whole * BLOCK)
     return torch.cat(parts)
 
@@ -108,9 +137,9 @@ def _select_blocks(table: Tensor, count: int, turn: int) -> Tensor:
     blocks, size = table.shape
     if count == size:
         return torch.arange(blocks * size, device=table.device)
-    sample = table[:, turn % _SAMPLE :: _SAMPLE]
+    sample = table[:, turn % _SAMPLE :: _SAMPLE].contiguous()
     wanted = min(sample.shape[1], math.ceil(_MARGIN * count / _SAMPLE) + 8)
-    thresholds = sample.topk(wanted, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    thresholds = sample.kthvalue(sample.shape[1] + 1 - wanted, dim=1, keepdim=True).values
     above = table >= thresholds
     found = above.sum(dim=1)
     short = (found < count).nonzero()[:, 0]
@@ -118,42 +147,55 @@ def _select_blocks(table: Tensor, count: int, turn: int) -> Tensor:
         exact = table[short].topk(count, dim=1, sorted=False).indices
         above[short] = above.new_zeros(len(short), size).scatter_(1, exact, True)
         found[short] = count
-    places = above.view(-1).nonzero()[:, 0]
-    starts = found.cumsum(0) - found
-    row = places // size
-    rank = torch.arange(len(places), device=places.device) - starts[row]
-    kept = (rank + turn * 7919) % found[row] < count
-    return places[kept]
+    places = _nonzero(above.view(-1))
+    # Of each block's candidates, a run of ``count`` that goes round is kept, in two pieces where it passes the end.
+    pieces, begin = [], 0
+    for number in found.tolist():
+        start = -turn * 7919 % number
+        wrapped = max(0, start + count - number)
+        pieces += [places[begin : begin + wrapped], places[begin + start : begin + start + count - wrapped]]
+        begin += number
+    return torch.cat(pieces)
 
 
-def pack(values: Tensor, places: Tensor, layout: Layout, out: Tensor) -> Tensor:
+def _nonzero(flags: Tensor) -> Tensor:
+    """Return the places of what is true; numpy's is several times as fast on the CPU."""
+    return flags.nonzero()[:, 0] if flags.is_cuda else torch.from_numpy(np.flatnonzero(flags.numpy()))
+
+
+def pack(values: Tensor, places: Places, layout: Layout, out: Tensor) -> Tensor:
     """Write the places and the entries at them as bytes.
 
     Args:
         values: Vector [size], float32.
-        places: Places [count], ascending, int64.
+        places: Places [count], ascending, int64; what ``select`` returned.
         layout: Sizes.
         out: Where to write, [layout.bytes] uint8.
 
     Returns:
-        The entries as they were sent [count], float32, rounded to bfloat16.
+        The entries as they were sent [count], float32, rounded as the layout says.
     """
     split = layout.place_bytes
     if layout.form == "ids":
+        assert isinstance(places, Tensor)
         out[:split] = (places % BLOCK).to(torch.int32).to(torch.uint16).view(torch.uint8)
-    else:
-        bits = torch.zeros(8 * split, dtype=torch.uint8, device=values.device)
-        bits[places] = 1
-        weights = (1 << torch.arange(8, device=values.device)).to(torch.uint8)
-        out[:split] = (bits.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
-    sent = values[places].to(torch.bfloat16)
+    elif layout.form == "mask":
+        bits = torch.zeros(8 * split, dtype=torch.bool, device=values.device)
+        bits[places] = True
+        out[:split] = _pack_bits(bits)
+    chosen = values[places]
+    if layout.value_bits == 4:
+        _encode(chosen, out[split:])
+        return _decode(out[split:], layout.count)
+    sent = chosen.to(torch.bfloat16)
     out[split:] = sent.view(torch.uint8)
     return sent.float()
 
 
-def unpack(message: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return the places [count], int64, and the entries [count], float32, of a message [layout.bytes]."""
+def unpack(message: Tensor, layout: Layout) -> tuple[Places, Tensor]:
+    """Return the places [count], as of ``select``, and the entries [count], float32, of a message [layout.bytes]."""
     split = layout.place_bytes
+    places: Places = slice(None)
     if layout.form == "ids":
         # A slice of bytes may start at an odd place; a copy does not.
         ids = message[:split].clone().view(torch.uint16).to(torch.int64)
@@ -163,8 +205,63 @@ def unpack(message: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
             output_size=layout.count,
         )
         places = ids + starts
-    else:
-        weights = (1 << torch.arange(8, device=message.device)).to(torch.uint8)
-        bits = (message[:split, None] & weights) != 0
-        places = bits.view(-1).nonzero()[:, 0]
+    elif layout.form == "mask":
+        places = _nonzero(_unpack_bits(message[:split]))
+    if layout.value_bits == 4:
+        return places, _decode(message[split:], layout.count)
     return places, message[split:].clone().view(torch.bfloat16).float()
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    """Return eight flags a byte, the first in its lowest bit."""
+    if not bits.is_cuda:
+        return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little"))
+    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+    return (bits.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Tensor) -> Tensor:
+    if not packed.is_cuda:
+        return torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little").view(np.bool_))
+    weights = (1 << torch.arange(8, device=packed.device)).to(torch.uint8)
+    return ((packed[:, None] & weights) != 0).view(-1)
+
+
+# Values of 4 bits: a sign, and in sevenths the root of the share of the largest in a group. Squares lie close together where most
+# values are; what the code takes off stays in the residual.
+
+
+def _encode(values: Tensor, out: Tensor) -> None:
+    """Write codes [count / 2], then scales [count / 256] in bfloat16."""
+    half = -(-len(values) // 2)
+    for rows, halves, groups in _chunks(values):
+        part = functional.pad(values[rows], (0, -len(values[rows]) % GROUP)).view(-1, GROUP)
+        magnitudes = part.abs()
+        scales = magnitudes.amax(dim=1).to(torch.bfloat16)
+        magnitudes.div_(scales.float().clamp_(min=1e-38)[:, None])
+        codes = magnitudes.sqrt_().mul_(7).round_().clamp_(max=7).add_(part.signbit(), alpha=8).view(-1, 2).to(torch.uint8)
+        out[halves] = (codes[:, 0] + (codes[:, 1] << 4))[: len(out[halves])]
+        out[half + 2 * groups.start : half + 2 * groups.stop] = scales.view(torch.uint8)
+
+
+def _decode(message: Tensor, count: int) -> Tensor:
+    half = -(-count // 2)
+    levels = (torch.arange(8, device=message.device) / 7) ** 2
+    levels = torch.cat([levels, -levels])
+    table = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)  # both values of a byte
+    values = torch.empty(count, device=message.device)
+    for rows, halves, groups in _chunks(values):
+        scales = message[half + 2 * groups.start : half + 2 * groups.stop].clone().view(torch.bfloat16).float()
+        pairs = table.index_select(0, message[halves].int()).view(-1)
+        part = functional.pad(pairs, (0, -len(pairs) % GROUP)).view(-1, GROUP).mul_(scales[:, None])
+        values[rows] = part.view(-1)[: len(values[rows])]
+    return values
+
+
+def _chunks(values: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield which values, bytes of codes and scales are worked on together: on a CPU, as many as stay in its cache."""
+    count = len(values)
+    size = BLOCK if not values.is_cuda else max(GROUP, count + -count % GROUP)
+    for start in range(0, count, size):
+        end = min(count, start + size)
+        yield slice(start, end), slice(start // 2, -(-end // 2)), slice(start // GROUP, -(-end // GROUP))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -18,14 +19,14 @@ class CompressionHook(Callback):
     """Registers one of PyTorch's hooks; Lightning would register it on CUDA alone.
 
     Args:
-        kind: ``float16``, or ``powersgd`` (arXiv 1905.13727).
+        kind: ``float16``; ``powersgd`` (arXiv 1905.13727); or ``none``, which sends nothing, to see what a network costs.
         rank: Rank of PowerSGD's matrices.
         start_step: Steps of plain all-reduce before PowerSGD begins, at least 2.
     """
 
-    def __init__(self, kind: Literal["float16", "powersgd"] = "float16", *, rank: int = 1, start_step: int = 8) -> None:
-        if kind not in ("float16", "powersgd"):
-            raise InputError(f"kind={kind!r} is unknown. Legal: float16, powersgd.")
+    def __init__(self, kind: Literal["float16", "powersgd", "none"] = "float16", *, rank: int = 1, start_step: int = 8) -> None:
+        if kind not in ("float16", "powersgd", "none"):
+            raise InputError(f"kind={kind!r} is unknown. Legal: float16, powersgd, none.")
         self.kind, self.rank, self.start_step = kind, rank, start_step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -33,8 +34,8 @@ class CompressionHook(Callback):
         model = trainer.strategy.model
         if not isinstance(model, DistributedDataParallel):
             return
-        if self.kind == "float16":
-            model.register_comm_hook(None, fp16_compress_hook)
+        if self.kind != "powersgd":
+            model.register_comm_hook(None, fp16_compress_hook if self.kind == "float16" else noop_hook)
             return
         state = PowerSGDState(None, matrix_approximation_rank=self.rank, start_powerSGD_iter=self.start_step)
         model.register_comm_hook(state, powerSGD_hook)

@@ -23,6 +23,8 @@ _LOG = "fulgurite.experiments.gradient_pruning.baselines.StepLog"
 
 
 WARMUP = 7  # steps without pruning, of 150
+# Small buckets let the exchange begin early in the backward pass; PowerSGD works with one large one alone on gloo.
+_BUCKET_MB = {"powersgd-1": 25, "powersgd-4": 25}
 
 
 def _pruning(policy: str, **settings: Any) -> dict[str, Any]:
@@ -33,10 +35,11 @@ def _pruning(policy: str, **settings: Any) -> dict[str, Any]:
 # Each method is one callback, or none.
 METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
+    "no-exchange": {"class_path": _HOOK, "init_args": {"kind": "none"}},
     "float16": {"class_path": _HOOK, "init_args": {"kind": "float16"}},
     "powersgd-1": {"class_path": _HOOK, "init_args": {"kind": "powersgd", "rank": 1}},
     "powersgd-4": {"class_path": _HOOK, "init_args": {"kind": "powersgd", "rank": 4}},
-    **{f"fixed-{rate}": _pruning("FixedRate", rate=rate) for rate in (0.75, 0.9, 0.96, 0.99, 0.996)},
+    **{f"fixed-{rate}": _pruning("FixedRate", rate=rate) for rate in (0.2, 0.5, 0.75, 0.9, 0.96, 0.99, 0.996)},
     "fixed-0.99-no-feedback": _pruning("FixedRate", rate=0.99, error_feedback=False),
     "ramp-0.99": _pruning("FixedRate", rate=0.99, ramp_steps=30, warmup=0.0),
     "published": _pruning("PublishedRule", window=30),
@@ -91,7 +94,12 @@ def run_training(method: str, link: str | None, *, ranks: int, steps: int, seed:
         callback = METHODS[method]
         callbacks = [*([callback] if callback else []), {"class_path": _LOG, "init_args": {"file": str(log)}}]
         words = ["fit", "-c", "gradient_pruning/train", f"--seed_everything={seed}", f"--trainer.max_steps={steps}"]
-        words += [f"--trainer.num_nodes={ranks}", "--trainer.devices=1", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+        strategy = {
+            "class_path": "lightning.pytorch.strategies.DDPStrategy",
+            "dict_kwargs": {"bucket_cap_mb": _BUCKET_MB.get(method, 4)},
+        }
+        words += [f"--trainer.num_nodes={ranks}", "--trainer.devices=1", "--trainer.accelerator=cpu"]
+        words += [f"--trainer.strategy={json.dumps(strategy)}"]
         words += ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
         words += ["--trainer.enable_checkpointing=false", f"--trainer.callbacks={json.dumps(callbacks)}", "--run=link", *options]
         script = folder / "rank.py"

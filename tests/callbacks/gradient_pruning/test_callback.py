@@ -123,7 +123,7 @@ def test_warm_up_does_not_prune(tmp_path):
 
 
 def test_adaptive_leaves_a_fast_link_alone(tmp_path):
-    callback = GradientPruning(Adaptive(waiting_share=0.99), warmup=0)
+    callback = GradientPruning(Adaptive(), warmup=0)
     trainer, _ = fit(tmp_path, callback, ranks=1)
     assert trainer.callback_metrics["prune_rate"] == 0
 

@@ -169,7 +169,7 @@ def test_rate_0_is_plain_ddp(tmp_path):
 def _mean(rank):
     """What all ranks get is the mean of what they sent."""
     parameters = parameters_of([(40, 40), (7,)])
-    exchange = exchange_of(parameters)
+    exchange = exchange_of(parameters, value_bits=16)
     exchange.rate = 0.75
     gradient = torch.randn(1607, generator=torch.Generator().manual_seed(rank))
     result = exchange.exchange(gradient.clone(), parameters, 1607).wait()
@@ -178,7 +178,7 @@ def _mean(rank):
     dist.all_reduce(total)
     torch.testing.assert_close(result, total / 2, rtol=1e-6, atol=1e-6)
     assert exchange.clock.bytes == 1600 // 8 + 2 * 400 + 2 * 7
-    assert exchange.clock.busy > 0
+    assert exchange.clock.times()[0] > 0
 
 
 def test_ranks_get_the_mean_of_what_was_sent(tmp_path):
@@ -188,7 +188,7 @@ def test_ranks_get_the_mean_of_what_was_sent(tmp_path):
 def _pays(rank):
     """Eight ranks would send more by an all-gather of a quarter than by an all-reduce of everything."""
     parameters = parameters_of([(40, 40)])
-    exchange = exchange_of(parameters)
+    exchange = exchange_of(parameters, value_bits=16)
     exchange.rate, exchange.ranks = 0.75, 8
     gradient = torch.randn(1600)
     exchange.exchange(gradient, parameters, 1600).wait()

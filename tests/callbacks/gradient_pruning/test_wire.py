@@ -23,19 +23,23 @@ def vector(size, kind, seed=0):
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, shares, st.sampled_from(["normal", "zeros", "equal", "skewed"]), st.integers(0, 40))
-def test_counts_follow_sizes_alone_and_messages_come_back(size, keep, kind, turn):
-    layout, values = Layout(size, keep), vector(size, kind)
-    places = select(values, layout, turn)
+@given(sizes, shares, st.sampled_from(["normal", "zeros", "equal", "skewed"]), st.integers(0, 40), st.sampled_from([4, 16]))
+def test_counts_follow_sizes_alone_and_messages_come_back(size, keep, kind, turn, value_bits):
+    layout, values = Layout(size, keep, value_bits), vector(size, kind)
+    chosen = select(values, layout, turn)
+    places = torch.arange(size)[chosen]
     assert len(places) == layout.count
     assert (places[1:] > places[:-1]).all()
     for block, count in enumerate(layout.counts()):
         assert int(((places >= block * BLOCK) & (places < (block + 1) * BLOCK)).sum()) == count
     message = torch.empty(layout.bytes, dtype=torch.uint8)
-    sent = pack(values, places, layout, message)
-    assert torch.equal(sent, values[places].to(torch.bfloat16).float())
+    sent = pack(values, chosen, layout, message)
+    if value_bits == 16:
+        assert torch.equal(sent, values[places].to(torch.bfloat16).float())
+    else:
+        assert ((sent - values[places]).abs() <= values.abs().max() / 7).all()
     found, values_found = unpack(message, layout)
-    assert torch.equal(found, places)
+    assert torch.equal(torch.arange(size)[found], places)
     assert torch.equal(values_found, sent)
 
 
@@ -47,7 +51,27 @@ def test_what_is_selected_is_nearly_the_largest(keep):
     assert values[select(values, layout)].abs().sum() > 0.95 * best
 
 
+def test_four_bits_carry_nearly_all_of_the_energy():
+    values = vector(4 * BLOCK + 999, "normal") * vector(4 * BLOCK + 999, "normal", seed=1)
+    layout = Layout(len(values), 0.9, 4)
+    sent = pack(values, select(values, layout), layout, torch.empty(layout.bytes, dtype=torch.uint8))
+    assert (sent - values).square().sum() < 0.03 * values.square().sum()
+    assert layout.bytes < 0.51 * len(values)
+
+
+@pytest.mark.parametrize("value_bits", [4, 16])
+def test_what_is_not_finite_is_seen_by_all(value_bits):
+    values = vector(1000, "normal")
+    values[17] = float("nan")
+    layout = Layout(1000, 0.95, value_bits)
+    places = select(values, layout)
+    assert not pack(values, places, layout, torch.empty(layout.bytes, dtype=torch.uint8)).isfinite().all()
+
+
 def test_the_smaller_form_is_chosen():
+    assert Layout(BLOCK, 0.8, 4).form == "all"
+    assert Layout(BLOCK, 0.8, 4).bytes == BLOCK // 2 + BLOCK // 128
+    assert Layout(BLOCK, 0.5, 4).form == "mask"
     assert Layout(BLOCK, 0.01).form == "ids"
     assert Layout(BLOCK, 0.01).bytes == 4 * 656
     assert Layout(BLOCK, 0.25).form == "mask"
