@@ -2,7 +2,8 @@
 
 import logging
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from .policy import Adaptive, Measurement, PruningPolicy
 from .wire import ValueBits
 
 log = logging.getLogger(__name__)
+AtCheckpoint = Literal["flush", "save", "drop"]
+_KEPT_BACK = "gradient_pruning_kept_back"  # where a checkpoint says that the ranks' files lie
 # What gloo and NCCL say when a peer is gone.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "Broken pipe", "NCCL", "gloo")
 
@@ -33,7 +36,8 @@ class GradientPruning(Callback):
 
     For training over slow or unstable networks. What is not sent is added to the next gradient. Without DDP the same pruning acts
     on the one process's gradient, so that its effect on learning can be studied on one machine. Logs ``prune_rate``,
-    ``step_seconds``, ``exposed_seconds`` (waiting for the network) and ``bandwidth_mbit``.
+    ``step_seconds``, ``exposed_seconds`` (waiting for the network), ``bandwidth_mbit`` and, on a CPU, ``packing_seconds`` (the cost
+    of selecting and summing).
 
     Args:
         policy: Who decides the rate: ``Adaptive`` (default), ``PublishedRule``, ``FixedRate``, or your ``PruningPolicy``.
@@ -46,7 +50,8 @@ class GradientPruning(Callback):
             acts on the mean, after it.
         momentum: Factor of momentum correction (Deep Gradient Compression) for an optimizer without momentum; 0 for none.
         dense_below: Parameters with fewer entries, and those of one dimension, are always sent whole.
-        flush_before_checkpoint: Send everything in the step before a checkpoint, so that nothing is lost in it.
+        at_checkpoint: What becomes of what was not sent yet: ``flush`` sends everything in the step before a checkpoint and in
+            the one after it; ``save`` writes a file a rank beside the run, for the last two checkpoints; ``drop`` loses it.
         check_every: Compare all ranks' weights every so many steps, and stop where they differ; 0 never does. For debugging.
 
     Raises:
@@ -69,7 +74,7 @@ class GradientPruning(Callback):
         clip: float | None = None,
         momentum: float = 0.0,
         dense_below: int = 2048,
-        flush_before_checkpoint: bool = True,
+        at_checkpoint: AtCheckpoint = "flush",
         check_every: int = 0,
     ) -> None:
         if warmup < 0 or (warmup > 1 and warmup != int(warmup)):
@@ -94,9 +99,12 @@ class GradientPruning(Callback):
             "momentum": momentum,
             "dense_below": dense_below,
         }
-        self.flush_before_checkpoint, self.check_every = flush_before_checkpoint, check_every
+        if at_checkpoint not in ("flush", "save", "drop"):
+            raise InputError(f"at_checkpoint={at_checkpoint!r} is unknown. Legal: flush, save, drop.")
+        self.at_checkpoint, self.check_every = at_checkpoint, check_every
         self.exchange: GradientExchange | None = None
         self.rate: float | None = None  # None in the warm-up
+        self._kept_back: Path | None = None
         self._losses: list[Tensor] = []
         self._numbers: Tensor | None = None
         self._gathered: tuple[Any, list[Tensor]] | None = None
@@ -130,6 +138,9 @@ class GradientPruning(Callback):
         """Put the exchange into DDP's backward pass."""
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         self.exchange = GradientExchange(names, **self.settings)
+        if self._kept_back is not None:
+            self.exchange.load(_rank_file(self._kept_back, self.exchange.rank), pl_module.device)
+            self._kept_back = None
         self.parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         self.entries = sum(parameter.numel() for parameter in self.parameters)
         self.bytes_at = self.exchange.bytes_at(list(self.parameters))
@@ -157,7 +168,7 @@ class GradientPruning(Callback):
         # The step after a checkpoint too: a run that goes on begins with the buckets that DDP has before its first step, and
         # only an exchange of everything gives the same numbers in any buckets.
         near = self._saves_after(trainer, step) or self._saves_after(trainer, step - 1)
-        exchange.flush = self.flush_before_checkpoint and near
+        exchange.flush = self.at_checkpoint == "flush" and near
         exchange.clock.restart()
         self._step_begin = time.perf_counter()
 
@@ -240,15 +251,17 @@ class GradientPruning(Callback):
         if measurement is not None:
             if self.rate is not None:
                 self.rate = self.policy.decide(measurement, self.bytes_at)
-            self._log(pl_module, measurement)
+            self._log(pl_module, measurement, exchange.clock.packing)
         if self.check_every and trainer.global_step % self.check_every == 0:
             self._check_replicas(trainer)
         self._begin_step(trainer)
 
-    def _log(self, pl_module: LightningModule, measurement: Measurement) -> None:
+    def _log(self, pl_module: LightningModule, measurement: Measurement, packing: float) -> None:
         pl_module.log("prune_rate", measurement.rate)
         pl_module.log("step_seconds", measurement.step_seconds)
         pl_module.log("exposed_seconds", measurement.exposed_seconds)
+        if pl_module.device.type == "cpu":
+            pl_module.log("packing_seconds", packing)
         if measurement.bandwidth is not None:
             pl_module.log("bandwidth_mbit", measurement.bandwidth * 8 / 1e6)
 
@@ -289,12 +302,42 @@ class GradientPruning(Callback):
         self.policy.load_state_dict(state_dict["policy"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say what is lost where a checkpoint comes unforeseen."""
-        if self.exchange is not None and self.exchange.residuals and not self.exchange.flush and trainer.is_global_zero:
+        """Write what this rank keeps back, or say what is lost where a checkpoint comes unforeseen."""
+        exchange = self.exchange
+        if exchange is None or not exchange.residuals or exchange.flush:
+            return
+        if self.at_checkpoint == "save":
+            folder = Path(trainer.default_root_dir).absolute() / "kept-back"
+            exchange.save(_rank_file(folder / str(trainer.global_step), exchange.rank))
+            checkpoint[_KEPT_BACK] = str(folder / str(trainer.global_step))
+            for old in sorted(folder.iterdir(), key=lambda path: int(path.name))[:-2]:
+                _rank_file(old, exchange.rank).unlink(missing_ok=True)
+        elif self.at_checkpoint == "flush" and trainer.is_global_zero:
             log.warning(
                 "A checkpoint was saved that the callback did not foresee: what its ranks had not sent yet is not in it, and a "
                 "run that goes on from it loses that."
             )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find what this rank kept back.
+
+        Raises:
+            InputError: If its file is gone.
+        """
+        if _KEPT_BACK not in checkpoint or self.at_checkpoint != "save":
+            return
+        file = _rank_file(Path(checkpoint[_KEPT_BACK]), trainer.global_rank)
+        if not file.is_file():
+            raise InputError(
+                f"{file} is missing: what rank {trainer.global_rank} had not sent when the checkpoint was saved. Those of the "
+                "last two checkpoints are kept, each on the machine of its rank. Copy it there, take a newer checkpoint, or "
+                "set at_checkpoint=drop to do without."
+            )
+        self._kept_back = file.parent
+
+
+def _rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.safetensors"
 
 
 def _measurement(parts: list[Tensor], step: int) -> Measurement:

@@ -7,13 +7,16 @@ all-gather a bucket runs under the backward pass, and sums are taken in the orde
 
 import math
 import time
+from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from ...files import write_atomic
 from .policy import BytesAt
 from .wire import Layout, Places, ValueBits, pack, select, sparse_pays, unpack
 
@@ -31,11 +34,12 @@ class Clock:
 
     def __init__(self) -> None:
         self.bytes = 0.0  # that this rank sent
+        self.packing = 0.0  # seconds of selecting, packing, unpacking and summing, on a CPU
         self._messages: list[tuple[Mark, Mark]] = []
 
     def restart(self) -> None:
         """Forget the step."""
-        self.bytes = 0.0
+        self.bytes = self.packing = 0.0
         self._messages.clear()
 
     def mark(self, device: torch.device) -> Mark:
@@ -119,6 +123,18 @@ class GradientExchange:
         large = sum(parameter.numel() for parameter in parameters) - small
         return BytesAt(small, large, self.ranks, self.dense_bytes, self.value_bits)
 
+    def save(self, file: Path) -> None:
+        """Write what this rank keeps back."""
+        kinds = {"residual": self.residuals, "velocity": self.velocities}
+        tensors = {f"{kind}/{name}": tensor.contiguous() for kind, table in kinds.items() for name, tensor in table.items()}
+        write_atomic(file, safetensors.torch.save(tensors))
+
+    def load(self, file: Path, device: torch.device) -> None:
+        """Go on with what ``save`` wrote."""
+        for key, tensor in safetensors.torch.load_file(file, device=str(device)).items():
+            kind, name = key.split("/", 1)
+            (self.residuals if kind == "residual" else self.velocities)[name] = tensor
+
     # One bucket, step by step: gather what is to be sent, send it, sum what arrives.
 
     def exchange(self, buffer: Tensor, parameters: list[Tensor], total: int) -> Future[Tensor]:
@@ -132,6 +148,7 @@ class GradientExchange:
         Returns:
             A future of the buffer.
         """
+        began = time.perf_counter()
         if self.clip is not None:
             limit = self.clip * (buffer.numel() / total) ** 0.5 / self.ranks**0.5
             buffer.mul_((limit / (buffer.norm() + 1e-12)).clamp(max=1.0))
@@ -140,8 +157,11 @@ class GradientExchange:
         keep = 1 - self.rate
         entries = sum(part.numel() for _, part in large)
         if self.rate == 0 or self.flush or not entries or not sparse_pays(keep, self.ranks, self.dense_bytes, self.value_bits):
-            return self._send_all(buffer, parameters)
-        return self._send_selection(buffer, large, small, Layout(entries, keep, self.value_bits))
+            result = self._send_all(buffer, parameters)
+        else:
+            result = self._send_selection(buffer, large, small, Layout(entries, keep, self.value_bits))
+        self.clock.packing += time.perf_counter() - began
+        return result
 
     def _split(self, buffer: Tensor, parameters: list[Tensor]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
         parts: tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]] = ([], [])
@@ -168,6 +188,8 @@ class GradientExchange:
     def _send_all(self, buffer: Tensor, parameters: list[Tensor]) -> Future[Tensor]:
         """All-reduce the bucket; in float16, its rounding error is kept back."""
         exact = self.flush or self.dense_format == "float32"
+        if self.flush:
+            self.velocities.clear()  # of what was sent, momentum is forgotten
         message = buffer.div(self.ranks) if exact else buffer.div(self.ranks).clamp_(-65504, 65504).to(torch.float16)
         begin = 0
         for parameter in parameters:
@@ -209,7 +231,10 @@ class GradientExchange:
 
         def unpacked(future: Future) -> Tensor:
             self._arrived(posted, future)
-            return self._sum(buffer, large, small, layout, messages, (places, sent))
+            began = time.perf_counter()
+            result = self._sum(buffer, large, small, layout, messages, (places, sent))
+            self.clock.packing += time.perf_counter() - began
+            return result
 
         return work.get_future().then(unpacked)
 

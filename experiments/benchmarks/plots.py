@@ -28,19 +28,21 @@ def draw(plan: Benchmark, results: list[dict[str, Any]], key: str, kind: str) ->
         InputError: If matplotlib is missing, or the plot needs a metric or curve that no result has.
     """
     entry = plan.spec["report"]["plots"][key]
-    drawers: dict[str, Callable[..., None]] = {"scatter": _scatter, "bars": _bars, "curve": _curve}
+    drawers: dict[str, Callable[..., None]] = {"scatter": _scatter, "bars": _bars, "curve": _curve, "timeline": _timeline}
     title = entry.get("title", plan.spec["title"])
-    return picture(lambda axes: drawers[entry["kind"]](axes, plan, results, entry), title, kind)
+    panels = len(entry.get("panels", "1"))
+    return picture(lambda axes: drawers[entry["kind"]](axes, plan, results, entry), title, kind, panels=panels)
 
 
-def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 4.2) -> bytes:
+def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 4.2, panels: int = 1) -> bytes:
     """Return a picture's bytes.
 
     Args:
-        fill: Draws into matplotlib axes.
+        fill: Draws into matplotlib axes, or into a list of them where there are several panels.
         title: Stands above.
         kind: ``svg`` or ``png``.
         height: In inches.
+        panels: How many, one below the other on one x axis.
     """
     try:
         import matplotlib
@@ -52,13 +54,14 @@ def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 
     # Nothing that changes from call to call may get into the file.
     with matplotlib.rc_context({"svg.hashsalt": "fulgurite", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(7.2, height), layout="constrained")
-        axes = figure.add_subplot()
-        fill(axes)
-        axes.set_title(title)
-        locator = axes.xaxis.get_major_locator()
-        if isinstance(locator, MaxNLocator):
-            locator.set_params(nbins=6)
-        axes.spines[["top", "right"]].set_visible(False)
+        stack = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
+        fill(stack[0] if panels == 1 else stack)
+        stack[0].set_title(title)
+        for axes in stack:
+            locator = axes.xaxis.get_major_locator()
+            if isinstance(locator, MaxNLocator):
+                locator.set_params(nbins=6)
+            axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()
 
@@ -164,3 +167,17 @@ def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dic
     axes.set_xlabel("step")
     axes.set_ylabel(f"{_label(plan, name)} (moving average)")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+
+
+def _timeline(stack: list[Any], plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """Some curves of one variant's first run, one below the other over the seconds of the run."""
+    (variant,) = _chosen(plan, entry)
+    runs = [result for result in results if result["run"]["variant"] == variant]
+    for axes, (name, label) in zip(stack, entry["panels"].items()):
+        points = runs[0]["metrics"]["curves"].get(name) if runs else None
+        if not points:
+            raise InputError(f"plots of benchmark {plan.name!r}: {variant} has no curve {name!r}.")
+        axes.plot(*zip(*points), color="black", linewidth=1, drawstyle="steps-mid")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    stack[-1].set_xlabel("seconds of training")

@@ -63,17 +63,22 @@ SCHEMA = _mapping(
                     )
                 ),
                 "plots": _named(
-                    _mapping(
-                        {
-                            "kind": {"enum": ["curve", "scatter", "bars"]},
-                            "x": {"type": "string"},
-                            "y": {"type": "string"},
-                            "title": {"type": "string"},
-                            "only": {"type": "array", "items": {"type": "string"}},
-                        },
-                        "kind",
-                        "y",
-                    )
+                    {
+                        **_mapping(
+                            {
+                                "kind": {"enum": ["curve", "scatter", "bars", "timeline"]},
+                                "x": {"type": "string"},
+                                "y": {"type": "string"},
+                                "panels": {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 2},
+                                "title": {"type": "string"},
+                                "only": {"type": "array", "items": {"type": "string"}},
+                            },
+                            "kind",
+                        ),
+                        "if": {"properties": {"kind": {"const": "timeline"}}},
+                        "then": {"required": ["panels", "only"], "properties": {"only": {"maxItems": 1, "minItems": 1}}},
+                        "else": {"required": ["y"]},
+                    }
                 ),
             },
             "columns",

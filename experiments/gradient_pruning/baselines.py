@@ -63,7 +63,7 @@ class StepLog(Callback):
         """Add a step."""
         step = time.perf_counter() - self._begin
         self.seconds += step
-        names = ("prune_rate", "exposed_seconds", "bandwidth_mbit")
+        names = ("prune_rate", "exposed_seconds", "bandwidth_mbit", "packing_seconds")
         logged = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
         self.steps.append({"at": self.seconds, "clock": time.time(), "seconds": step, **logged})
 

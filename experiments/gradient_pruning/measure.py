@@ -225,6 +225,24 @@ def whole(*, seed: int, method: str, link: str, steps: int, target: float, ranks
     return {"metrics": figures, "curves": curves}
 
 
+def packing(*, seed: int, method: str, steps: int, ranks: int, fit: str) -> dict[str, float]:
+    """Measure what selecting, packing, unpacking and summing take of a step that only computes.
+
+    Args:
+        seed: Seed of both runs.
+        method: One of ``METHODS`` that prunes.
+        steps: Optimizer steps.
+        ranks: Number of ranks.
+        fit: As in ``curve``.
+    """
+    settings: dict[str, Any] = {"ranks": ranks, "steps": steps, "seed": seed, "options": fit.split()}
+    plain = run_training("no-exchange", None, **settings)["steps"][WARMUP:]
+    packed = run_training(method, None, **settings)["steps"][WARMUP + 1 :]
+    compute = statistics.median(step["seconds"] for step in plain)
+    seconds = statistics.median(step["packing_seconds"] for step in packed)
+    return {"compute_seconds": compute, "packing_seconds": seconds, "packing_share": seconds / compute}
+
+
 def _pace(log: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     """Return the median step and, where it was logged, the share of it that was spent waiting."""
     steps = log["steps"][WARMUP:]

@@ -1,6 +1,7 @@
 """The callback in a Trainer; the model is a user's own, not of this package."""
 
 import pytest
+import safetensors.torch
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -97,9 +98,39 @@ def test_a_run_that_goes_on_ends_as_an_uninterrupted_one(tmp_path):
     assert torch.equal(run("parts", 4, tmp_path / "parts" / "step=8.ckpt"), whole)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_run_goes_on_from_files_of_what_each_rank_kept_back(tmp_path, momentum):
+    """One bucket in one order, so that a run that goes on selects as an uninterrupted one does."""
+
+    def run(folder, epochs, ckpt_path=None):
+        saving = ModelCheckpoint(dirpath=tmp_path / folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        callback = GradientPruning(FixedRate(0.9), warmup=2, at_checkpoint="save", momentum=momentum)
+        steps = {"max_steps": -1, "max_epochs": epochs, "limit_train_batches": 4}
+        return weights(fit(tmp_path / folder, callback, callbacks=[saving], ckpt_path=ckpt_path, **steps)[1])
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    assert torch.equal(run("parts", 4, tmp_path / "parts" / "step=8.ckpt"), whole)
+    kept = tmp_path / "parts" / "kept-back"
+    assert [len(list((kept / step).iterdir())) for step in ("8", "12", "16")] == [0, 1, 1]
+    with pytest.raises(InputError, match=r"8/rank-0\.safetensors is missing.*at_checkpoint=drop"):
+        run("parts", 4, tmp_path / "parts" / "step=8.ckpt")
+
+
+def test_two_ranks_save_what_each_kept_back(tmp_path):
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    callback = GradientPruning(FixedRate(0.9), warmup=2, at_checkpoint="save")
+    fit(tmp_path, callback, ranks=2, callbacks=[saving])
+    one, two = (safetensors.torch.load_file(tmp_path / "kept-back" / "12" / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert one.keys() == two.keys()
+    assert not torch.equal(one["residual/layers.2.weight"], two["residual/layers.2.weight"])
+    again = GradientPruning(FixedRate(0.9), warmup=2, at_checkpoint="save", check_every=1)
+    fit(tmp_path, again, ranks=2, callbacks=[saving], ckpt_path=tmp_path / "step=6.ckpt")
+
+
 def test_one_process_prunes_its_own_gradient(tmp_path):
     _, plain = fit(tmp_path, None)
-    callback = GradientPruning(FixedRate(0.9), warmup=0, flush_before_checkpoint=False)
+    callback = GradientPruning(FixedRate(0.9), warmup=0, at_checkpoint="drop")
     trainer, pruned = fit(tmp_path, callback)
     assert not torch.equal(weights(plain), weights(pruned))
     assert callback.exchange.residuals
@@ -116,7 +147,7 @@ def test_warm_up_does_not_prune(tmp_path):
             seen.append((measurement.step, measurement.rate))
             return 0.5
 
-    fit(tmp_path, GradientPruning(Noting(), warmup=0.5, flush_before_checkpoint=False))
+    fit(tmp_path, GradientPruning(Noting(), warmup=0.5, at_checkpoint="drop"))
     assert [step for step, _ in seen] == [*range(7, 13)]
     assert seen[0][1] == 0.0
     assert {rate for _, rate in seen[1:]} == {0.5}

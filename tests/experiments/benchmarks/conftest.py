@@ -71,6 +71,7 @@ SPEC = {
             "curve": {"kind": "curve", "y": "train_loss"},
             "front": {"kind": "scatter", "x": "loss", "y": "tokens_per_second"},
             "bars": {"kind": "bars", "y": "loss"},
+            "times": {"kind": "timeline", "panels": {"train_loss": "loss", "val_loss": "unseen"}, "only": ["slow"]},
         },
     },
 }
@@ -108,7 +109,10 @@ def result(variant, seed, loss, *, speed=100.0, curve=(), **environment):
             "commands": [],
             "config": {},
         },
-        "metrics": {"final": {"loss": loss}, "curves": {"train_loss": [list(point) for point in curve]}},
+        "metrics": {
+            "final": {"loss": loss},
+            "curves": {name: [list(point) for point in curve] for name in ("train_loss", "val_loss")},
+        },
         "cost": {"seconds": 20.0, "evaluation_seconds": 5.0, "peak_memory_bytes": 1, "tokens_per_second": speed},
         "environment": {
             "cpu": "x",

@@ -155,6 +155,8 @@ def test_plots_are_the_same_bytes_for_the_same_results(bench, kind):
         draw(other, results, "bars", kind)
     with pytest.raises(InputError, match="no result has the curve 'train_loss'"):
         draw(plan, TWO, "curve", kind)
+    with pytest.raises(InputError, match="slow has no curve 'train_loss'"):
+        draw(plan, TWO, "times", kind)
 
 
 def test_report_of_the_command_line(bench, tmp_path, capsys):
@@ -163,7 +165,7 @@ def test_report_of_the_command_line(bench, tmp_path, capsys):
     plan = bench()
     plan.results.mkdir(parents=True)
     for number, entry in enumerate(TWO):
-        entry["metrics"]["curves"]["train_loss"] = [[0, 1.0], [1, 0.5]]
+        entry["metrics"]["curves"] = {"train_loss": [[0, 1.0], [1, 0.5]], "val_loss": [[1, 0.7]]}
         (plan.results / f"{number}.json").write_text(json.dumps(entry))
     main(["report", "method", "--plot", str(tmp_path / "plots")])
     assert "| small rate | 2 |" in capsys.readouterr().out
