@@ -36,8 +36,8 @@ class GradientPruning(Callback):
 
     For training over slow or unstable networks. What is not sent is added to the next gradient. Without DDP the same pruning acts
     on the one process's gradient, so that its effect on learning can be studied on one machine. Logs ``prune_rate``,
-    ``step_seconds``, ``exposed_seconds`` (waiting for the network), ``bandwidth_mbit`` and, on a CPU, ``packing_seconds`` (the cost
-    of selecting and summing).
+    ``step_seconds``, ``exposed_seconds`` (waiting for the network), ``bandwidth_mbit``; on a CPU ``packing_seconds`` (selecting,
+    summing).
 
     Args:
         policy: Who decides the rate: ``Adaptive`` (default), ``PublishedRule``, ``FixedRate``, or your ``PruningPolicy``.
