@@ -23,6 +23,7 @@ from .. import callbacks, datamodules, modules  # noqa: F401
 from ..datamodules.base import data_hashes
 from ..errors import InputError
 from ..files import write_atomic, write_json
+from ..process_group import leave_group_at_exit
 from .configs import resolve_config
 from .environment import environment
 from .main import COMMANDS
@@ -207,6 +208,7 @@ def run(words: list[str], *, callbacks: list[Callback] | None = None) -> Fulguri
         InputError: If a config, run or checkpoint is not there or contradicts the command line.
     """
     words = resolve_last(_resolved(words))
+    leave_group_at_exit()
     set_parsing_settings(add_print_completion_argument=True, docstring_parse_attribute_docstrings=True)
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_RUN_VARIABLE, None)  # of a run before this one

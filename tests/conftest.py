@@ -7,7 +7,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models gain nothing from threads, and lose much where two processes spin on the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("FULGURITE_CACHE", tempfile.mkdtemp(prefix="fulgurite-cache-"))
+if "FULGURITE_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="fulgurite-cache-")  # removed when the tests end
+    os.environ["FULGURITE_CACHE"] = _cache.name
 
 WORDS = "sand glass lightning melts into a hollow branch of small hard tubes where the strike went down".split()  # noqa: SIM905
 

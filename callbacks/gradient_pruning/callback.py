@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import InputError, RankLost
+from ...process_group import leave_group_at_exit
 from .hook import DenseFormat, GradientExchange
 from .policy import Adaptive, Measurement, PruningPolicy
 from .wire import ValueBits
@@ -148,6 +149,7 @@ class GradientPruning(Callback):
         if isinstance(model, DistributedDataParallel):
             # Lightning registers hooks on CUDA alone and ignores them elsewhere.
             model.register_comm_hook(self, _hook)
+            leave_group_at_exit()
         total = trainer.estimated_stepping_batches
         self.warmup_steps = int(self.warmup) if self.warmup >= 1 else int(self.warmup * total) if total != float("inf") else 0
 

@@ -21,8 +21,6 @@ from .policy import BytesAt
 from .wire import Layout, Places, ValueBits, pack, select, sparse_pays, unpack
 
 DenseFormat = Literal["float32", "float16"]
-
-
 Mark = float | torch.cuda.Event
 
 
@@ -245,7 +243,7 @@ class GradientExchange:
             self._workspaces[key] = torch.empty(size, device=parts[0][1].device)
         return self._workspaces[key]
 
-    def _keep_back(self, parts: list[tuple[str, Tensor]], rest: Tensor, sent: Tensor | None) -> None:
+    def _keep_back(self, parts: list[tuple[str, Tensor]], rest: Tensor, sent: Places | None) -> None:
         """Store what was not sent of each parameter; momentum of what was sent is forgotten (factor masking)."""
         begin = 0
         mask = None
