@@ -105,6 +105,7 @@ class GradientPruning(Callback):
         self.at_checkpoint, self.check_every = at_checkpoint, check_every
         self.exchange: GradientExchange | None = None
         self.rate: float | None = None  # None in the warm-up
+        self.warmup_rate = 0.0
         self._kept_back: Path | None = None
         self._losses: list[Tensor] = []
         self._numbers: Tensor | None = None
@@ -165,7 +166,7 @@ class GradientPruning(Callback):
         if self.rate is None and step >= self.warmup_steps:
             self.rate = self.policy.start()
         exchange = self.exchange
-        exchange.rate = self.rate or 0.0
+        exchange.rate = self.warmup_rate if self.rate is None else self.rate
         exchange.turn = step
         # The step after a checkpoint too: a run that goes on begins with the buckets that DDP has before its first step, and
         # only an exchange of everything gives the same numbers in any buckets.
@@ -253,6 +254,8 @@ class GradientPruning(Callback):
         if measurement is not None:
             if self.rate is not None:
                 self.rate = self.policy.decide(measurement, self.bytes_at)
+            else:
+                self.warmup_rate = self.policy.warm_up(measurement, self.bytes_at)
             self._log(pl_module, measurement, exchange.clock.packing)
         if self.check_every and trainer.global_step % self.check_every == 0:
             self._check_replicas(trainer)
@@ -296,11 +299,11 @@ class GradientPruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rate and what the policy knows."""
-        return {"rate": self.rate, "policy": self.policy.state_dict()}
+        return {"rate": self.rate, "warmup_rate": self.warmup_rate, "policy": self.policy.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the rate and the policy of a checkpoint."""
-        self.rate = state_dict["rate"]
+        self.rate, self.warmup_rate = state_dict["rate"], state_dict["warmup_rate"]
         self.policy.load_state_dict(state_dict["policy"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

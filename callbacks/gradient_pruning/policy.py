@@ -67,6 +67,10 @@ class PruningPolicy:
         """
         return measurement.rate
 
+    def warm_up(self, measurement: Measurement, bytes_at: "BytesAt") -> float:
+        """Return the rate of the next step of the warm-up, at which every entry is sent; the arguments are those of ``decide``."""
+        return 0.0
+
     def start(self) -> float:
         """Return the rate of the first step behind the warm-up."""
         return 0.0
@@ -312,7 +316,7 @@ class Adaptive(PruningPolicy):
     def __init__(
         self,
         *,
-        delay_budget: float = 0.3,
+        delay_budget: float = 1.0,
         ladder: list[float] = list(LADDER),  # noqa: B006  (never changed)
         window: int = 50,
         form: PerformanceForm = "deviation",
@@ -333,11 +337,36 @@ class Adaptive(PruningPolicy):
         self.byte_seconds: deque[float] = deque(maxlen=memory)
         self.hidden_seconds: deque[float] = deque(maxlen=memory)
         self.compute_seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=memory))  # by rung
-        self.delay, self.price = 0.0, 0.2
+        self.delay, self.price, self.rung = 0.0, 0.2, 0
 
     def decide(self, measurement: Measurement, bytes_at: BytesAt) -> float:
         """Return the next rate; see the class."""
         self.losses.push(measurement.loss)
+        self.learn(measurement)
+        if not self.byte_seconds:
+            return measurement.rate
+        self.delay += 0.02 * (bytes_at.delay(measurement.rate) - self.delay)
+        dearer = self.delay > self.delay_budget
+        self.price = min(_PRICES[1], max(_PRICES[0], self.price * (1.1 if dearer else 1 / 1.1)))
+        self.rung = self.guarded(self.choose(bytes_at), self.losses.performance())
+        return self.ladder[self.rung]
+
+    def warm_up(self, measurement: Measurement, bytes_at: BytesAt) -> float:
+        """Return the cheapest of the rates at which every entry is sent."""
+        self.learn(measurement)
+        whole = [rung for rung, rate in enumerate(self.ladder) if bytes_at.delay(rate) == 0]
+        if not whole:
+            return 0.0
+        if self.byte_seconds:
+            self.rung = self.choose(bytes_at, whole)
+        return self.ladder[self.rung]
+
+    def start(self) -> float:
+        """Return the last rate of the warm-up."""
+        return self.ladder[self.rung]
+
+    def learn(self, measurement: Measurement) -> None:
+        """Remember what a step took."""
         self.compute_seconds[_rung(self.ladder, measurement.rate)].append(measurement.compute_seconds)
         if measurement.bytes:
             self.byte_seconds.append(measurement.busy_seconds / measurement.bytes)
@@ -345,19 +374,14 @@ class Adaptive(PruningPolicy):
             if hidden > 0.9 * measurement.busy_seconds:  # more could have been hidden: half of the step is the backward pass
                 hidden = max(hidden, measurement.compute_seconds / 2)
             self.hidden_seconds.append(max(0.0, hidden))
-        if not self.byte_seconds:
-            return measurement.rate
-        self.delay += 0.02 * (bytes_at.delay(measurement.rate) - self.delay)
-        dearer = self.delay > self.delay_budget
-        self.price = min(_PRICES[1], max(_PRICES[0], self.price * (1.1 if dearer else 1 / 1.1)))
-        return self.ladder[self.guarded(self.choose(bytes_at), self.losses.performance())]
 
-    def choose(self, bytes_at: BytesAt) -> int:
-        """Return the first rung that costs no more than a hair above the least."""
-        costs = [
-            self.seconds(rung, bytes_at(rate)) * (1 + self.price * bytes_at.delay(rate)) for rung, rate in enumerate(self.ladder)
-        ]
-        return next(rung for rung, cost in enumerate(costs) if cost <= 1.03 * min(costs))
+    def choose(self, bytes_at: BytesAt, rungs: list[int] | None = None) -> int:
+        """Return the first of some rungs, or of all, that costs at most a tenth more than the cheapest: pruning has to pay."""
+        costs = {
+            rung: self.seconds(rung, bytes_at(self.ladder[rung])) * (1 + self.price * bytes_at.delay(self.ladder[rung]))
+            for rung in (range(len(self.ladder)) if rungs is None else rungs)
+        }
+        return next(rung for rung, cost in costs.items() if cost <= 1.1 * min(costs.values()))
 
     def seconds(self, rung: int, size: float) -> float:
         """Return the predicted time of a step on a rung whose messages have so many bytes."""
@@ -383,6 +407,7 @@ class Adaptive(PruningPolicy):
             "compute_seconds": {rung: list(seconds) for rung, seconds in self.compute_seconds.items()},
             "delay": self.delay,
             "price": self.price,
+            "rung": self.rung,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -392,4 +417,4 @@ class Adaptive(PruningPolicy):
         self.hidden_seconds.extend(state["hidden_seconds"])
         for rung, seconds in state["compute_seconds"].items():
             self.compute_seconds[rung].extend(seconds)
-        self.delay, self.price = state["delay"], state["price"]
+        self.delay, self.price, self.rung = state["delay"], state["price"], state["rung"]

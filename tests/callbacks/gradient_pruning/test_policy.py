@@ -126,6 +126,17 @@ def test_adaptive_remembers_what_selection_costs():
     assert set(rates[10:]) == {0.0}
 
 
+def test_adaptive_warms_up_with_every_entry_sent_in_the_cheapest_way():
+    bytes_at = bytes_of()
+    for bandwidth, expected in ((1e9, 0.0), (2.5e6, 0.2)):
+        policy, rate = Adaptive(), 0.0
+        for step in range(5):
+            rate = policy.warm_up(measured(step, rate=rate, bandwidth=bandwidth), bytes_at)
+        assert rate == policy.start() == expected
+    assert Adaptive(ladder=[0.5, 0.9]).warm_up(measured(), bytes_at) == 0.0
+    assert PublishedRule().warm_up(measured(), bytes_at) == 0.0
+
+
 def test_adaptive_does_not_take_an_outage_for_a_slow_link():
     link = [25e6] * 20
     link[10] = 1e5

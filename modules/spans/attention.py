@@ -1,0 +1,129 @@
+"""The attention function of a model with spans, for ``transformers``: with a cache, without one, and for training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .cache import SpanLayer
+from .rules import SpanRule, groups_of
+from .windows import HIDDEN, attend_in_blocks
+
+NAME = "fulgurite_spans"
+
+
+@dataclass
+class SpanMask:
+    """What a layer needs to know of the batch, in place of a mask: spans are another matter for each head.
+
+    Args:
+        padding: False for padding, bool [batch, tokens]; None where there is none.
+        full: Makes the usual mask, bool [batch, 1, queries, keys], or None where causality is all.
+        causal: Whether causality and padding are all that the usual mask says.
+    """
+
+    padding: Tensor | None
+    full: Callable[[], Tensor | None]
+    causal: bool
+
+
+def span_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> SpanMask:
+    """Return what ``span_attention`` takes for a mask; the arguments are those of ``transformers``' mask functions."""
+    padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+
+    def full() -> Tensor | None:
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+
+    return SpanMask(padding, full, mask_function is causal_mask_function)
+
+
+def span_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | SpanLayer,
+    value: Tensor | SpanLayer,
+    attention_mask: SpanMask | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as the layer's rules say; a layer without any attends as it always did.
+
+    Args:
+        module: The layer's attention, with ``span_rules`` and ``span_sink``.
+        query: [batch, heads, queries, size].
+        key: [batch, key/value heads, keys, size], or the layer's cache.
+        value: As the keys.
+        attention_mask: What ``span_mask`` returned.
+        scaling: Of the scores.
+        dropout: Share of the weights that is dropped.
+        position_ids: Position of each query in its text [batch or 1, queries].
+        kwargs: For layers without rules.
+
+    Returns:
+        [batch, queries, heads, size], and no weights.
+    """
+    rules: tuple[SpanRule, ...] | None = getattr(module, "span_rules", None)
+    if rules is None:
+        mask = None if attention_mask is None else attention_mask.full()
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[arg-type]
+    batch, heads, count, size = query.shape
+    grouped = query.view(batch, len(rules), heads // len(rules), count, size)
+    padding = None if attention_mask is None else attention_mask.padding
+    if isinstance(key, SpanLayer):
+        out = key.attend(grouped, padding, scaling)
+    else:
+        assert isinstance(value, Tensor)
+        queries, keys, also = _positions(key.shape[2], count, attention_mask, position_ids, query.device)
+        pieces = []
+        for rule, mine in groups_of(rules).items():
+            part = attend_in_blocks(
+                grouped[:, mine],
+                key[:, mine],
+                value[:, mine],
+                rule,
+                module.span_sink,  # type: ignore[arg-type]
+                scaling,
+                queries=queries,
+                keys=keys,
+                ordered=also is None,
+                dropout=dropout,
+                also=also,
+            )
+            pieces.append((mine, part))
+        order = torch.tensor([head for mine, _ in pieces for head in mine], device=query.device).argsort()
+        out = torch.cat([part for _, part in pieces], dim=1)[:, order]
+    return out.reshape(batch, heads, count, size).transpose(1, 2).contiguous(), None
+
+
+def _positions(
+    total: int, count: int, mask: SpanMask | None, position_ids: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the positions of queries and keys [rows, tokens], and a mask that must allow a key too, for packed texts."""
+    places = torch.arange(total, device=device)[None]
+    if mask is not None and not mask.causal and position_ids is not None and count == total:
+        full = mask.full()
+        return position_ids, position_ids, None if full is None else full[:, 0]
+    if mask is not None and mask.padding is not None:
+        places = (mask.padding.long().cumsum(dim=1) - 1).masked_fill(~mask.padding, HIDDEN)
+    return places[:, total - count :], places, None
+
+
+AttentionInterface.register(NAME, span_attention)
+# Without a mask function of the same name no mask would arrive, and padding would be lost without a word.
+AttentionMaskInterface.register(NAME, span_mask)

@@ -1,0 +1,261 @@
+"""Decoding with a cache of spans against the masked full forward, and against plain transformers."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from fulgurite.errors import InputError
+from fulgurite.modules.spans import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, remove_plan
+from fulgurite.modules.spans.windows import span_at
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+}
+RULES = [SpanRule(5), SpanRule(1, 0.5), SpanRule(3, 0.25), SpanRule(9), DENSE, SpanRule(1)]
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    build, config, extra = KINDS[kind]
+    return build(config(**{**SIZES, **extra})).eval()
+
+
+def plan_for(model, rules=RULES, sink=2):
+    full = SpanPlan.same(DENSE, model.config).rules
+    numbers = iter(range(100))
+    return SpanPlan(
+        tuple(None if layer is None else tuple(rules[next(numbers) % len(rules)] for _ in layer) for layer in full), sink
+    )
+
+
+def slow_logits(model, plan, ids, padding=0):
+    """What a model gives with a mask per head, by eager attention: the obvious reference.
+
+    The mask of every layer is added to its scores by a hook on its attention function.
+    """
+    plain = remove_plan(copy.deepcopy(model))
+    plain.set_attn_implementation("eager")
+    length = ids.shape[1]
+    i, j = torch.arange(length)[:, None] - padding, torch.arange(length)[None] - padding
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    for layer, rules in zip(plain.model.layers, plan.rules):
+        if rules is None:
+            continue
+        masks = []
+        for rule in rules:
+            near = i - j < torch.tensor([rule.span(max(0, row - padding)) for row in range(length)])[:, None]
+            masks.append(((i >= j) & (j >= 0) & (near | (j < plan.sink))) | (i == j))
+        mask = torch.where(torch.stack(masks).repeat_interleave(group, 0)[None], 0.0, -1e30)
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+    attention_mask = torch.ones_like(ids)
+    attention_mask[:, :padding] = 0
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return plain(ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
+
+
+def stepwise(model, plan, ids, chunks, attention_mask=None):
+    """Logits of a text that comes in pieces."""
+    cache, parts, seen = SpanCache(plan, model.config), [], 0
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for count in chunks:
+            rows = slice(seen, seen + count)
+            out = model(
+                ids[:, rows],
+                attention_mask=mask[:, : seen + count],
+                position_ids=positions[:, rows],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            parts.append(out.logits)
+            seen += count
+    return torch.cat(parts, 1), cache
+
+
+def ids_of(rows, length, seed=1):
+    return torch.randint(2, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_equals_the_masked_full_forward(kind):
+    model, ids = model_of(kind), ids_of(2, 40)
+    plan = plan_for(model)
+    wanted = slow_logits(model, plan, ids)
+    apply_plan(model, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
+    for chunks in ([40], [1] * 40, [11, 1, 1, 9, *[1] * 18], [20, 20]):
+        logits, cache = stepwise(model, plan, ids, chunks)
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        held = {rule: cache.book.slots[rule].positions.shape[1] for rule in cache.book.slots}
+        assert all(held[rule] <= rule.kept(40, plan.sink) for rule in held)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_the_left_changes_nothing(kind):
+    model, ids = model_of(kind), ids_of(3, 30)
+    plan = plan_for(model)
+    paddings = [0, 4, 13]
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate(paddings):
+        mask[row, :padding] = 0
+    wanted = [slow_logits(model, plan, ids[row : row + 1, padding:]) for row, padding in enumerate(paddings)]
+    apply_plan(model, plan)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False).logits
+    for logits in (whole, *(stepwise(model, plan, ids, chunks, mask)[0] for chunks in ([15, *[1] * 15], [14, 8, 8]))):
+        for row, padding in enumerate(paddings):
+            torch.testing.assert_close(logits[row : row + 1, padding:], wanted[row], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings_of_generate", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"]
+)
+def test_generate_gives_what_the_full_forward_gives(kind, settings_of_generate):
+    model, ids = model_of(kind), ids_of(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    given = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, **settings_of_generate}
+    fast = model.generate(ids, **given)
+    slow = model.generate(ids, **{**given, "prefill_chunk_size": None}, use_cache=False)
+    assert torch.equal(fast, slow)
+
+
+def test_generate_goes_on_from_a_cache():
+    model, ids = model_of("llama"), ids_of(1, 20)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    model.generation_config.pad_token_id = None  # what was written is no padding
+    whole = model.generate(ids, max_new_tokens=14, do_sample=False)
+    cache = SpanCache(plan, model.config)
+    part = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
+    assert cache.get_seq_length() == 25
+    longer = torch.cat([part, ids_of(1, 5, seed=9)], 1)
+    again = model.generate(longer, max_new_tokens=5, do_sample=False, past_key_values=cache)
+    assert torch.equal(again, model.generate(longer, max_new_tokens=5, do_sample=False))
+    assert torch.equal(part, whole[:, :26])
+
+
+def test_sampling_takes_the_cache():
+    model = model_of("llama")
+    apply_plan(model, plan_for(model))
+    torch.manual_seed(3)
+    fast = model.generate(ids_of(2, 20), max_new_tokens=8, do_sample=True)
+    torch.manual_seed(3)
+    assert torch.equal(fast, model.generate(ids_of(2, 20), max_new_tokens=8, do_sample=True, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spans_as_long_as_the_text_are_dense(kind):
+    model, ids = model_of(kind), ids_of(2, 33)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    for rule in (DENSE, SpanRule(33)):
+        plan = SpanPlan.same(rule, model.config, sink=0)
+        apply_plan(model, plan)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stepwise(model, plan, ids, [30, 1, 1, 1])[0], wanted, atol=1e-5, rtol=1e-5)
+    apply_plan(model, SpanPlan.same(DENSE, model.config))
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+    remove_plan(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, wanted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.builds(SpanRule, st.integers(1, 12), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=9),
+    st.integers(0, 5),
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+)
+def test_any_rules_in_any_pieces(rules, sink, chunks):
+    model, ids = model_of("llama"), ids_of(1, sum(chunks))
+    plan = plan_for(model, rules, sink)
+    wanted = slow_logits(model, plan, ids)
+    apply_plan(model, plan)
+    torch.testing.assert_close(stepwise(model, plan, ids, chunks)[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_holds_what_the_plan_says():
+    model, ids = model_of("llama"), ids_of(1, 300)
+    plan = plan_for(model, [SpanRule(40), SpanRule(10, 0.25), SpanRule(20)], sink=8)
+    apply_plan(model, plan)
+    _, cache = stepwise(model, plan, ids, [280, *[1] * 20])
+    dense = 300 * 2 * 3 * 3 * 8 * 4
+    assert cache.nbytes() / dense == pytest.approx(plan.density(300), rel=0.1)
+
+
+def test_gradients_flow_and_packed_texts_do_not_see_each_other():
+    model = model_of("llama")
+    plan = plan_for(model)
+    one, two = ids_of(1, 14), ids_of(1, 9, seed=4)
+    wanted = torch.cat([slow_logits(model, plan, one), slow_logits(model, plan, two)], 1)
+    apply_plan(model, plan).train()
+    positions = torch.cat([torch.arange(14), torch.arange(9)])[None]
+    out = model(torch.cat([one, two], 1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_span_at_is_the_span_of_the_rule():
+    for rule in RULES:
+        assert span_at(rule, torch.arange(50)).tolist() == [rule.span(position) for position in range(50)]
+
+
+def test_wrong_use_is_refused():
+    model = model_of("llama")
+    other = SpanPlan.same(DENSE, LlamaConfig(**{**SIZES, "num_hidden_layers": 2}))
+    with pytest.raises(InputError, match="2 layers, 2 of them with spans, and 3 key/value heads; this one has 3 layers"):
+        apply_plan(model, other)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    cache = SpanCache(plan, model.config)
+    with pytest.raises(InputError, match="cannot take tokens back"):
+        cache.crop(1)
