@@ -152,7 +152,8 @@ class GradientPruning(Callback):
             model.register_comm_hook(self, _hook)
             leave_group_at_exit()
         total = trainer.estimated_stepping_batches
-        self.warmup_steps = int(self.warmup) if self.warmup >= 1 else int(self.warmup * total) if total != float("inf") else 0
+        self.total_steps = 0 if total == float("inf") else int(total)
+        self.warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * self.total_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -239,16 +240,17 @@ class GradientPruning(Callback):
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - self._step_begin
         busy, exposed = exchange.clock.times()
-        numbers = [mean, seconds, exposed, busy, exchange.clock.bytes, exchange.rate]
+        packing = exchange.clock.packing if device.type == "cpu" else 0.0
+        numbers = [mean, seconds, exposed, busy, exchange.clock.bytes, exchange.rate, packing]
         own = torch.tensor(numbers, device=device, dtype=torch.float64)
         measurement = None
         if exchange.ranks == 1:
-            measurement = _measurement([own], trainer.global_step)
+            measurement = _measurement([own], trainer.global_step, self.total_steps)
         elif self._gathered is not None:
             work, parts = self._gathered
             work.wait()
             self._gathered = None
-            measurement = _measurement(parts, trainer.global_step - 1)
+            measurement = _measurement(parts, trainer.global_step - 1, self.total_steps)
         # What a checkpoint cannot hold of the other ranks is left out of an uninterrupted run as well.
         self._numbers = None if self._saves_after(trainer, trainer.global_step - 1) else own
         if measurement is not None:
@@ -256,17 +258,17 @@ class GradientPruning(Callback):
                 self.rate = self.policy.decide(measurement, self.bytes_at)
             else:
                 self.warmup_rate = self.policy.warm_up(measurement, self.bytes_at)
-            self._log(pl_module, measurement, exchange.clock.packing)
+            self._log(pl_module, measurement)
         if self.check_every and trainer.global_step % self.check_every == 0:
             self._check_replicas(trainer)
         self._begin_step(trainer)
 
-    def _log(self, pl_module: LightningModule, measurement: Measurement, packing: float) -> None:
+    def _log(self, pl_module: LightningModule, measurement: Measurement) -> None:
         pl_module.log("prune_rate", measurement.rate)
         pl_module.log("step_seconds", measurement.step_seconds)
         pl_module.log("exposed_seconds", measurement.exposed_seconds)
         if pl_module.device.type == "cpu":
-            pl_module.log("packing_seconds", packing)
+            pl_module.log("packing_seconds", measurement.packing_seconds)
         if measurement.bandwidth is not None:
             pl_module.log("bandwidth_mbit", measurement.bandwidth * 8 / 1e6)
 
@@ -345,10 +347,10 @@ def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.safetensors"
 
 
-def _measurement(parts: list[Tensor], step: int) -> Measurement:
+def _measurement(parts: list[Tensor], step: int, total_steps: int) -> Measurement:
     """Return what all ranks agree on: mean loss and traffic, the slowest rank's times."""
     table = torch.stack(parts).cpu()
-    loss, _, _, busy, sent, rate = table.mean(dim=0).tolist()
+    loss, _, _, busy, sent, rate, _ = table.mean(dim=0).tolist()
     slowest = int(table[:, 1].argmax())
     return Measurement(
         step=step,
@@ -359,4 +361,6 @@ def _measurement(parts: list[Tensor], step: int) -> Measurement:
         bytes=sent,
         rate=rate,
         ranks=len(parts),
+        packing_seconds=float(table[slowest, 6]),
+        progress=step / total_steps if total_steps else 0.0,
     )

@@ -104,7 +104,7 @@ class GradientExchange:
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.dense_bytes = 4 if dense_format == "float32" else 2
         self.rate = 0.0
-        self.flush = False  # send everything, residuals too, in float32
+        self.flush = False  # send everything, residuals too, and keep nothing back
         self.turn = 0
         self.clock = Clock()
         self.residuals: dict[str, Tensor] = {}
@@ -185,14 +185,14 @@ class GradientExchange:
 
     def _send_all(self, buffer: Tensor, parameters: list[Tensor]) -> Future[Tensor]:
         """All-reduce the bucket; in float16, its rounding error is kept back."""
-        exact = self.flush or self.dense_format == "float32"
+        exact = self.dense_format == "float32"
         if self.flush:
             self.velocities.clear()  # of what was sent, momentum is forgotten
         message = buffer.div(self.ranks) if exact else buffer.div(self.ranks).clamp_(-65504, 65504).to(torch.float16)
         begin = 0
         for parameter in parameters:
             name, size = self.names[id(parameter)], parameter.numel()
-            if exact or not self.error_feedback:
+            if exact or self.flush or not self.error_feedback:
                 self.residuals.pop(name, None)
             else:
                 part = slice(begin, begin + size)
