@@ -186,12 +186,12 @@ class GradientExchange:
     def _send_all(self, buffer: Tensor, parameters: list[Tensor]) -> Future[Tensor]:
         """All-reduce the bucket; in float16, its rounding error is kept back."""
         exact = self.dense_format == "float32"
-        if self.flush:
-            self.velocities.clear()  # of what was sent, momentum is forgotten
         message = buffer.div(self.ranks) if exact else buffer.div(self.ranks).clamp_(-65504, 65504).to(torch.float16)
         begin = 0
         for parameter in parameters:
             name, size = self.names[id(parameter)], parameter.numel()
+            if self.flush:
+                self.velocities.pop(name, None)  # of what was sent, momentum is forgotten
             if exact or self.flush or not self.error_feedback:
                 self.residuals.pop(name, None)
             else:

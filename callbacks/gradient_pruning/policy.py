@@ -323,7 +323,7 @@ class Adaptive(PruningPolicy):
     def __init__(
         self,
         *,
-        delay_budget: float = 3.0,
+        delay_budget: float = 0.5,
         cooldown: float = 0.15,
         ladder: list[float] = list(LADDER),  # noqa: B006  (never changed)
         window: int = 50,
@@ -331,7 +331,7 @@ class Adaptive(PruningPolicy):
         smoothing: float = 0.1,
         wary: float = -1.0,
         alarmed: float = -2.0,
-        memory: int = 5,
+        memory: int = 3,
     ) -> None:
         _check_rates("ladder", ladder)
         if delay_budget < 0:
