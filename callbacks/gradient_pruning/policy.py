@@ -323,7 +323,7 @@ class Adaptive(PruningPolicy):
     def __init__(
         self,
         *,
-        delay_budget: float = 0.5,
+        delay_budget: float = 1.0,
         cooldown: float = 0.15,
         ladder: list[float] = list(LADDER),  # noqa: B006  (never changed)
         window: int = 50,

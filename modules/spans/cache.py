@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ...errors import InputError
 from .rules import SpanPlan, SpanRule, groups_of
@@ -308,8 +308,8 @@ class SpanCache(Cache):
         for layer in self.layers:
             if isinstance(layer, SpanLayer):
                 total += layer.nbytes()
-            elif layer.is_initialized:
-                total += sum(part.numel() * part.element_size() for part in (layer.keys, layer.values))
+            elif isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+                total += int(layer.keys.nbytes + layer.values.nbytes)
         return total
 
     def _select(self, rows: Tensor) -> None:
@@ -317,7 +317,7 @@ class SpanCache(Cache):
         for layer in self.layers:
             if isinstance(layer, SpanLayer):
                 layer.select(rows)
-            else:
+            elif isinstance(layer, DynamicLayer):
                 layer.batch_select_indices(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

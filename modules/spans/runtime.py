@@ -33,7 +33,7 @@ def apply_plan(model: PreTrainedModel, plan: SpanPlan) -> PreTrainedModel:
     for layer, rules in zip(layers, plan.rules):
         layer.span_rules, layer.span_sink = rules, plan.sink  # type: ignore[assignment]
     setattr(model.config, CONFIG_KEY, plan.to_json())
-    original = type(model).generate
+    original = type(model).generate  # type: ignore[attr-defined]
 
     @functools.wraps(original)
     def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def apply_plan(model: PreTrainedModel, plan: SpanPlan) -> PreTrainedModel:
             kwargs["past_key_values"] = SpanCache(plan, model.config)
         return original(model, inputs, *args, **kwargs)
 
-    model.generate = generate  # type: ignore[method-assign]
+    model.generate = generate  # type: ignore[assignment]
     log.info("Attention with spans: %.0f %% of the cache at 4096 tokens", 100 * plan.density(4096))
     return model
 

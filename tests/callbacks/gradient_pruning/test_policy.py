@@ -158,7 +158,7 @@ def test_adaptive_does_not_take_an_outage_for_a_slow_link():
 
 def test_adaptive_steps_back_when_the_loss_rises():
     losses = [5 - 0.01 * step for step in range(60)] + [4.4 + 0.02 * step for step in range(60)]
-    rates = run(Adaptive(window=20, smoothing=1.0), [2.5e6] * 120, losses=losses)
+    rates = run(Adaptive(window=20, smoothing=1.0, delay_budget=30), [2.5e6] * 120, losses=losses)
     assert rates[100] < rates[50]
     gentle = Adaptive()
     assert gentle.guarded(4, None) == gentle.guarded(4, 0.0) == 4
