@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import InputError, RankLost
 from ...process_group import leave_group_at_exit
+from .adaptive import Adaptive
 from .hook import DenseFormat, GradientExchange
-from .policy import Adaptive, Measurement, PruningPolicy
+from .policy import Measurement, PruningPolicy
 from .wire import ValueBits
 
 log = logging.getLogger(__name__)
