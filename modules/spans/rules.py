@@ -49,12 +49,7 @@ class SpanRule:
 
     def kept(self, length: int, sink: int) -> int:
         """Return how many keys the last query of a text sees, sink included."""
-        return min(length, min(sink, length) + self.span(length - 1))
-
-    @property
-    def sees_all(self) -> bool:
-        """Whether nothing is ever out of sight."""
-        return self.beta == 1
+        return min(length, sink + self.span(length - 1))
 
 
 DENSE = SpanRule(0, 1.0)
@@ -71,7 +66,7 @@ class SpanPlan:
         notes: What it was made of: densities, lengths, losses; plain JSON.
 
     Raises:
-        InputError: If the layers do not fit together.
+        InputError: If the sink is below 0, or no layer has rules.
     """
 
     rules: tuple[tuple[SpanRule, ...] | None, ...]

@@ -1,12 +1,14 @@
 """Decoding with a cache of spans against the masked full forward, and against plain transformers."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 from fulgurite.errors import InputError
-from fulgurite.modules.spans import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, remove_plan
+from fulgurite.modules.spans import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, load, plan_of, remove_plan
 from fulgurite.modules.spans.windows import span_at
 
 SIZES = {
@@ -242,6 +244,22 @@ def test_gradients_flow_and_packed_texts_do_not_see_each_other():
     torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_folder_carries_its_plan(tmp_path):
+    model, ids = model_of("llama"), ids_of(1, 30)
+    plan = plan_for(model)
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(InputError, match="has no plan of spans"):
+        load(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "pruned")
+    plan.save(tmp_path / "pruned")
+    wanted = apply_plan(model, plan).generate(ids, max_new_tokens=8, do_sample=False)
+    for loaded in (load(tmp_path / "pruned"), AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")):
+        assert plan_of(loaded.config) == dataclasses.replace(plan, notes={})
+        assert torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), wanted)
+    with pytest.raises(InputError, match="is no span plan"):
+        SpanPlan.from_json({"version": 1, "rules": "all"})
 
 
 def test_span_at_is_the_span_of_the_rule():
