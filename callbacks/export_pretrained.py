@@ -80,6 +80,7 @@ class ExportPretrained(Callback):
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             module.tokenizer.save_pretrained(new)
             (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(new)
+            module.write_extras(new)
             (new / "README.md").write_text(model_card(trainer, module, step, figures), "utf-8")
         self.written.append(folder)
         log.info("Exported step %d to %s", step, folder)
@@ -105,6 +106,7 @@ def model_card(trainer: Trainer, module: LanguageModel, step: int, figures: dict
         "pipeline_tag: text-generation",
         "---",
         "",
+        *([module.card_notice(), ""] if module.card_notice() else []),
         f"# {source.title}, {type(module).__name__}",
         "",
         f"{parameters / 1e6:.1f} M parameters, made by fulgurite {__version__} from {source.title} "
@@ -124,7 +126,10 @@ def model_card(trainer: Trainer, module: LanguageModel, step: int, figures: dict
         "",
         "## Figures of these weights",
         "",
-        *([f"- {name}: {value:.4f}" for name, value in figures.items()] or ["- none: the run had no validation"]),
+        *(
+            [f"- {name}: {value:.4f}" for name, value in (figures | module.card_figures()).items()]
+            or ["- none: the run had no validation"]
+        ),
         "",
         "## Use",
         "",

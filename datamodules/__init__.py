@@ -1,7 +1,8 @@
 """The data of the methods, one LightningDataModule per kind."""
 
 from .instructions import InstructionDataModule
+from .self_generated import SelfGeneratedCalibration
 from .soft_labels import SoftLabelDataModule
 from .text import TextDataModule
 
-__all__ = ["InstructionDataModule", "SoftLabelDataModule", "TextDataModule"]
+__all__ = ["InstructionDataModule", "SelfGeneratedCalibration", "SoftLabelDataModule", "TextDataModule"]

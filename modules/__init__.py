@@ -3,5 +3,6 @@
 from .distillation import SoftLabelDistillation, SoftLabelTeacher
 from .language_model import LanguageModel
 from .schedules import WarmupCosine
+from .spans import SpanPruning
 
-__all__ = ["LanguageModel", "SoftLabelDistillation", "SoftLabelTeacher", "WarmupCosine"]
+__all__ = ["LanguageModel", "SoftLabelDistillation", "SoftLabelTeacher", "SpanPruning", "WarmupCosine"]

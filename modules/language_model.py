@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -270,6 +271,21 @@ class LanguageModel(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             settings |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def card_notice(self) -> str:
+        """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""
+        return ""
+
+    def card_figures(self) -> dict[str, float]:
+        """Return figures for the model card, beside those of validation."""
+        return {}
+
+    def write_extras(self, folder: Path) -> None:
+        """Write into an exported folder what the method adds to it.
+
+        Args:
+            folder: It holds model, tokenizer and config already.
+        """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the small model's config, so that the checkpoint can be read without the large model."""

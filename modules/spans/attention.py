@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ...errors import InputError
 from .cache import SpanLayer
 from .rules import SpanRule, groups_of
 from .windows import HIDDEN, attend_in_blocks
 
 NAME = "fulgurite_spans"
+_SUPPORTED = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention", "MistralAttention")
 
 
 @dataclass
@@ -122,6 +124,21 @@ def _positions(
     if mask is not None and mask.padding is not None:
         places = (mask.padding.long().cumsum(dim=1) - 1).masked_fill(~mask.padding, HIDDEN)
     return places[:, total - count :], places, None
+
+
+def attentions(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the attention modules of a model in the order of its layers.
+
+    Raises:
+        InputError: If they are of a kind that spans do not work with.
+    """
+    found = {module.layer_idx: module for module in model.modules() if type(module).__name__ in _SUPPORTED}
+    if sorted(found) != list(range(model.config.num_hidden_layers)):  # type: ignore[type-var]
+        raise InputError(
+            f"{type(model).__name__} has an attention that cannot be given spans. Legal: models of the kinds "
+            f"{', '.join(name.removesuffix('Attention') for name in _SUPPORTED)}."
+        )
+    return [found[number] for number in range(len(found))]  # type: ignore[index]
 
 
 AttentionInterface.register(NAME, span_attention)

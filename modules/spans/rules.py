@@ -27,8 +27,8 @@ class SpanRule:
     """How many of the last positions a head sees.
 
     Args:
-        alpha: Positions at any length, 1 or more in all with ``beta``.
-        beta: Positions more for each position of the text, 0 to 1; 1 sees everything.
+        alpha: Positions at any length; below 0 it takes away from what ``beta`` gives.
+        beta: Positions for each position of the text, 0 to 1; with an alpha of 0, 1 sees everything.
 
     Raises:
         InputError: If a number is out of range.
@@ -38,9 +38,9 @@ class SpanRule:
     beta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or not 0 <= self.beta <= 1 or (self.alpha < 1 and self.beta == 0):
+        if not 0 <= self.beta <= 1 or (self.alpha < 1 and self.beta == 0):
             raise InputError(
-                f"alpha={self.alpha}, beta={self.beta} is no span. Legal: alpha 1 or more, or 0 with beta; beta from 0 to 1."
+                f"alpha={self.alpha}, beta={self.beta} is no span. Legal: beta from 0 to 1, and alpha 1 or more where beta is 0."
             )
 
     def span(self, position: int) -> int:

@@ -5,16 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...errors import InputError
-from .attention import NAME
+from .attention import NAME, attentions
 from .cache import SpanCache
 from .rules import CONFIG_KEY, SpanPlan, plan_of
 
 log = logging.getLogger(__name__)
-_SUPPORTED = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention", "MistralAttention")
 
 
 def apply_plan(model: PreTrainedModel, plan: SpanPlan) -> PreTrainedModel:
@@ -42,7 +40,6 @@ def apply_plan(model: PreTrainedModel, plan: SpanPlan) -> PreTrainedModel:
         return original(model, inputs, *args, **kwargs)
 
     model.generate = generate  # type: ignore[assignment]
-    log.info("Attention with spans: %.0f %% of the cache at 4096 tokens", 100 * plan.density(4096))
     return model
 
 
@@ -55,21 +52,6 @@ def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
         delattr(model.config, CONFIG_KEY)
     model.__dict__.pop("generate", None)
     return model
-
-
-def attentions(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the attention modules of a model in the order of its layers.
-
-    Raises:
-        InputError: If they are of a kind that spans do not work with.
-    """
-    found = {module.layer_idx: module for module in model.modules() if type(module).__name__ in _SUPPORTED}
-    if sorted(found) != list(range(model.config.num_hidden_layers)):  # type: ignore[type-var]
-        raise InputError(
-            f"{type(model).__name__} has an attention that cannot be given spans. Legal: models of the kinds "
-            f"{', '.join(name.removesuffix('Attention') for name in _SUPPORTED)}."
-        )
-    return [found[number] for number in range(len(found))]  # type: ignore[index]
 
 
 def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -99,6 +81,7 @@ def _apply_on_load() -> None:
         plan = plan_of(model.config)
         if plan is not None and hasattr(model, "generate"):
             apply_plan(model, plan)
+            log.info("Attention spans of the model's folder: %.0f %% of the cache at 4096 tokens", 100 * plan.density(4096))
         return loaded
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]

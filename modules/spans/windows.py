@@ -1,5 +1,7 @@
 """Attention in which each key/value head sees what its rule says: the mask, and its computation in blocks of queries."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -13,6 +15,11 @@ BLOCK = 256  # queries whose mask exists at the same time
 def span_at(rule: SpanRule, positions: Tensor) -> Tensor:
     """Return ``rule.span`` of int64 positions of any shape."""
     return (torch.floor(rule.beta * (positions + 1).double()).long() + rule.alpha).clamp(min=1)
+
+
+def spans_at(rules: Sequence[SpanRule], positions: Tensor) -> Tensor:
+    """Return the spans of several rules at int64 positions [queries], as [queries, rules]."""
+    return torch.stack([span_at(rule, positions) for rule in rules], dim=1)
 
 
 def visible(rule: SpanRule, sink: int, queries: Tensor, keys: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def in_an_own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def inputs(tmp_path, text_file):
+def inputs(tmp_path, text_file, documents_file):
     """Words that point each packaged config at the tiny model and at small data."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": str(n)}) + "\n" for n in range(40)))
@@ -35,6 +35,11 @@ def inputs(tmp_path, text_file):
         "gradient_pruning/train": [*text, "--trainer.max_epochs=1"],
         "language_model/finetune": text,
         "language_model/instruct": [f"--data.train={rows}"],
+        "spans/compress": [
+            f"--data.documents={documents_file}",
+            *("--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
+            "--data.answer_tokens=6",
+        ],
     }
 
 

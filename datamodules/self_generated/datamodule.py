@@ -1,0 +1,404 @@
+"""Calibration data whose supervision the model itself writes, and the alternatives that it is compared with."""
+
+import hashlib
+import json
+import logging
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from ...errors import nearest
+from ...modules.pretrained import Dtype, load_config, load_model, resolve_source
+from ..base import TokenDataModule
+from ..documents import DataError, check_documents, read_documents, read_rows
+from .answers import Answer, AnswerCache, AnswerSettings, perplexities
+from .prompts import KINDS, Filler, Kind, Prompt, PromptForm, question, retrieval, summary
+
+log = logging.getLogger(__name__)
+
+_OPENING = 48  # tokens of a document that a model goes on from
+_WRITTEN = 512  # tokens of a written document at most; half of it at the least
+
+
+class SelfGeneratedCalibration(TokenDataModule):
+    """Prompts with the model's own answers, which alone carry loss.
+
+    Long documents to summarise, keys hidden in them, and questions; the model answers itself, once, and the answers are
+    kept in the cache under everything that they depend on. What a compressed model has to keep is what the model does, so this
+    calibrates better than a text or people's answers do (MoA, arXiv 2406.14909), which are here too, to compare.
+
+    Args:
+        documents: Source of long texts: a file, a folder, ``package:python-docs``, ``hub:owner/name[:split]``; None asks
+            questions alone.
+        text_field: Column of the text in JSONL, Parquet and hub data.
+        documents_from: Model that writes the texts, each going on from the first words of a document; None takes the documents
+            as people wrote them.
+        questions: A .jsonl or .parquet file or ``hub:owner/name[:split]`` with a question a row; None asks none.
+        question_field: Column of the question; of a list, the first turn is asked.
+        answer_field: Column of people's answer, for ``supervision: human``.
+        kinds: What is asked: ``summary``, ``retrieval``, ``question``; None takes all that there is data for.
+        lengths: Tokens of a prompt, its length levels.
+        val_lengths: Those of the validation prompts; None takes the same.
+        examples: Prompts of each kind at each length, to train on or to profile with.
+        val_examples: The same of other documents, held out; 0 holds nothing out.
+        supervision: What carries loss: ``own``, the model's answers; ``human``, people's answers (and the hidden keys), where the
+            data has them; ``text``, all tokens of the documents themselves, without a question.
+        answers_from: Model that answers; None is the one that is trained.
+        answer_tokens: Tokens of an answer at most.
+        temperature: 0 takes the likeliest token; above, answers are drawn.
+        top_p: Answers are drawn from the smallest set with this probability mass, in (0, 1].
+        cut_answers: What is done with an answer that ``answer_tokens`` cut off: ``keep`` or ``drop``.
+        max_perplexity: Leave out answers that have a higher perplexity under the model; None takes all.
+        chat: Ask through the tokenizer's chat template; None does where there is one, else in plain text.
+        answer_batch_size: Prompts that are answered together.
+        answer_weights: Type of the answering model's weights in memory.
+        show: How many samples are logged before anything is done with them.
+        batch_size: Sequences a batch on each device.
+        tokenizer: Source of the tokenizer; None takes the model's own.
+        num_workers: Processes that read ahead; 0 reads in the training process.
+        seed: Seed of prompts, drawn answers and training order; None takes that of the run (``seed_everything``), or 0.
+
+    Raises:
+        InputError: If a source or column is missing, a number out of range, the text too short, or every answer is empty.
+    """
+
+    def __init__(
+        self,
+        documents: str | None = "package:python-docs",
+        *,
+        text_field: str = "text",
+        documents_from: str | None = None,
+        questions: str | None = None,
+        question_field: str = "question",
+        answer_field: str = "answer",
+        kinds: list[Kind] | None = None,
+        lengths: list[int] = [512, 1024, 2048],  # noqa: B006  (never changed)
+        val_lengths: list[int] | None = None,
+        examples: int = 4,
+        val_examples: int = 2,
+        supervision: Literal["own", "human", "text"] = "own",
+        answers_from: str | None = None,
+        answer_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        cut_answers: Literal["keep", "drop"] = "keep",
+        max_perplexity: float | None = None,
+        chat: bool | None = None,
+        answer_batch_size: int = 4,
+        answer_weights: Dtype = "bfloat16",
+        show: int = 2,
+        batch_size: int = 1,
+        tokenizer: str | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if documents is not None:
+            check_documents(documents, "documents")
+        if questions is not None:
+            check_documents(questions, "questions")
+            if not questions.startswith("hub:") and Path(questions).suffix not in (".jsonl", ".parquet"):
+                raise DataError(f"questions={questions!r} has no rows. Legal: a .jsonl or .parquet file, hub:owner/name[:split].")
+        for name, source in (("documents_from", documents_from), ("answers_from", answers_from)):
+            if source is not None:
+                resolve_source(source)
+                if supervision != "own" and name == "answers_from":
+                    log.warning("answers_from=%r is ignored: supervision is %r, so no model answers.", source, supervision)
+        available = [kind for kind in KINDS if (questions if kind == "question" else documents) is not None]
+        self.kinds: list[Kind] = available if kinds is None else list(kinds)
+        for kind in self.kinds:
+            if kind not in available:
+                source = "questions" if kind == "question" else "documents"
+                legal = ", ".join(available) or "none"
+                raise DataError(f"kinds: {kind!r} needs {source}, which is missing. Legal here: {legal}.")
+        if not self.kinds:
+            raise DataError("documents and questions are both missing: there is nothing to ask. Give one of them.")
+        if supervision == "text" and documents is None:
+            raise DataError("supervision='text' needs documents, which are missing. Give documents, or another supervision.")
+        if supervision == "human" and "summary" in self.kinds:
+            if kinds is not None:
+                raise DataError("kinds: no one has written a summary; supervision='human' has answers to: retrieval, question.")
+            self.kinds.remove("summary")
+        self.lengths, self.val_lengths = list(lengths), list(lengths if val_lengths is None else val_lengths)
+        for name, levels in (("lengths", self.lengths), ("val_lengths", self.val_lengths)):
+            if not levels or min(levels) < 1:
+                raise DataError(f"{name}={levels} is no list of lengths. Legal: one or more numbers of tokens.")
+        for name, number, least in (
+            ("examples", examples, 1),
+            ("val_examples", val_examples, 0),
+            ("answer_batch_size", answer_batch_size, 1),
+            ("answer_tokens", answer_tokens, 1),
+            ("temperature", temperature, 0),
+            ("show", show, 0),
+        ):
+            if number < least:
+                raise DataError(f"{name}={number} is too small. Legal: {least} or more.")
+        if not 0 < top_p <= 1:
+            raise DataError(f"top_p={top_p} is no probability mass. Legal: above 0, up to 1.")
+        if max_perplexity is not None and max_perplexity <= 1:
+            raise DataError(f"max_perplexity={max_perplexity} would leave out every answer. Legal: above 1, or null for all.")
+        self.documents, self.text_field, self.documents_from = documents, text_field, documents_from
+        self.questions, self.question_field, self.answer_field = questions, question_field, answer_field
+        self.examples, self.val_examples, self.supervision = examples, val_examples, supervision
+        self.answers_from, self.cut_answers, self.max_perplexity = answers_from, cut_answers, max_perplexity
+        self.answer_settings = AnswerSettings(
+            answer_tokens, temperature=temperature, top_p=top_p, batch_size=answer_batch_size, seed=self.seed
+        )
+        self.chat, self.answer_weights, self.show = chat, answer_weights, show
+        self._content = ""
+
+    @property
+    def answering_model(self) -> str | None:
+        """Source of the model that answers; None where none is named and the data is used alone."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return self.answers_from or getattr(getattr(module, "source", None), "name", None)
+
+    @property
+    def _world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def prepare_data(self) -> None:
+        """Let the model answer; with several processes each writes its share, in ``setup``."""
+        if self.train_set is None and self._world[1] == 1:
+            self._make()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the answers and make the examples of them."""
+        if self.train_set is None:
+            self._make()
+
+    def _make(self) -> None:
+        source = self.answering_model
+        if source is not None:
+            self._check_lengths(source)
+        form = PromptForm(self.tokenizer, self.chat)
+        texts: list[list[str]] = [[], []]
+        if self.documents is not None:
+            documents = sorted(set(read_documents(self.documents, self.text_field)), key=_digest)
+            texts = self._split(documents)
+            if not texts[0]:
+                raise DataError(f"documents={self.documents!r} holds no text. Give a source with more documents.")
+        questions = self._split(self._questions())
+        model: PreTrainedModel | None = None
+        if self.supervision == "own" or self.max_perplexity is not None:
+            if source is None:
+                raise DataError(
+                    "answers_from=None: name the model that answers, or use the data with one of the suite's systems."
+                )
+            model = self._load(source)
+        splits: list[list[CalibrationExample]] = []
+        levels = ((self.lengths, self.examples), (self.val_lengths, self.val_examples))
+        for number, (documents, asked, (lengths, count)) in enumerate(zip(texts, questions, levels)):
+            if not count:
+                splits.append([])
+                continue
+            if self.documents_from is not None:
+                documents = self._written(documents, count * len(self.kinds) * sum(lengths), model)
+            generator = random.Random(f"{self.seed} {number}")
+            generator.shuffle(documents)
+            generator.shuffle(asked)
+            filler = Filler(iter(documents), self.tokenizer)
+            if self.supervision == "text":
+                splits.append([self._text(filler, length) for length in lengths for _ in range(count)])
+            else:
+                splits.append(self._examples(form, self._prompts(form, filler, asked, lengths, count, generator), model))
+        self._content = _digest([[example.ids, example.answer_start] for split in splits for example in split])
+        self.train_set = CalibrationExamples(splits[0])
+        self.val_set = CalibrationExamples(splits[1]) if splits[1] else None
+        self.predict_set = self.val_set or self.train_set
+        self._show(splits[0])
+
+    def _split(self, items: list) -> list[list]:
+        held_out = 0
+        if self.val_examples and len(items) > 1:
+            share = (
+                self.val_examples
+                * sum(self.val_lengths)
+                / (self.val_examples * sum(self.val_lengths) + self.examples * sum(self.lengths))
+            )
+            held_out = min(max(round(len(items) * share), 1), len(items) - 1)
+        return [items[held_out:], items[:held_out]]
+
+    def _questions(self) -> list[tuple[str, str | None]]:
+        if self.questions is None:
+            return []
+        found = {}
+        for number, row in enumerate(read_rows(self.questions), 1):
+            asked = row.get(self.question_field)
+            asked = asked[0] if isinstance(asked, list) and asked else asked
+            answer = row.get(self.answer_field)
+            wrong = "question_field" if not isinstance(asked, str) else None
+            if self.supervision == "human" and not isinstance(answer, str):
+                wrong = wrong or "answer_field"
+            if wrong is not None:
+                column = getattr(self, wrong)
+                raise DataError(f"{self.questions}, row {number}: no text in {wrong}={column!r}.{nearest(column, map(str, row))}")
+            found[str(asked)] = answer if isinstance(answer, str) else None
+        return sorted(found.items(), key=_digest)
+
+    def _load(self, source: str) -> PreTrainedModel:
+        model = load_model(source, self.answer_weights)
+        return model if self.trainer is None else model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
+
+    def _cache(self, model: PreTrainedModel, prompts: list[list[int]], settings: AnswerSettings) -> dict[int, Answer]:
+        """Return all answers of a model; what is missing is written, each process its share."""
+        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        ends = ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]
+        cache = AnswerCache(
+            model, prompts, settings, sorted({end for end in ends if end is not None}), self.tokenizer.pad_token_id or 0
+        )
+        rank, world = self._world
+        cache.write(rank, world)
+        if world > 1:
+            assert self.trainer is not None
+            self.trainer.strategy.barrier()
+        return cache.read()
+
+    def _written(self, documents: list[str], tokens: int, model: PreTrainedModel | None) -> list[str]:
+        assert self.documents_from is not None
+        count = math.ceil(tokens / (_WRITTEN // 2))
+        if len(documents) < count:
+            raise DataError(
+                f"documents={self.documents!r} has {len(documents)} documents to go on from; {count} are needed. Give more "
+                "documents, fewer examples, or shorter lengths."
+            )
+        coded = self.tokenizer(documents[:count], verbose=False).input_ids
+        openings = [ids[:_OPENING] for ids in coded]
+        same = model is not None and self.documents_from == self.answering_model
+        writer = model if same and model is not None else self._load(self.documents_from)
+        settings = AnswerSettings(_WRITTEN, min_tokens=_WRITTEN // 2, temperature=0.8, top_p=0.95, seed=self.seed)
+        written = self._cache(writer, openings, settings)
+        decode = self.tokenizer.decode
+        return [str(decode([*opening, *written[index].ids], skip_special_tokens=True)) for index, opening in enumerate(openings)]
+
+    def _prompts(
+        self, form: PromptForm, filler: Filler, asked: list, lengths: list[int], count: int, generator: random.Random
+    ) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        for kind in self.kinds:
+            if kind == "question":
+                if len(asked) < count:
+                    raise DataError(
+                        f"questions={self.questions!r} has {len(asked)} questions for {count} examples. Give more questions or "
+                        "fewer examples."
+                    )
+                prompts += [question(form, text, answer) for text, answer in asked[:count]]
+                continue
+            for length in lengths:
+                for _ in range(count):
+                    one = summary(form, filler, length) if kind == "summary" else retrieval(form, filler, length, generator)
+                    prompts.append(one)
+        return prompts
+
+    def _examples(self, form: PromptForm, prompts: list[Prompt], model: PreTrainedModel | None) -> list["CalibrationExample"]:
+        ids = [form.ids(prompt.text) for prompt in prompts]
+        if self.supervision == "human":
+            answers = [Answer(tuple(form.answer_ids(prompt.text, prompt.answer or "")), False) for prompt in prompts]
+        else:
+            assert model is not None
+            found = self._cache(model, ids, self.answer_settings)
+            answers = [found[index] for index in range(len(prompts))]
+        special = set(self.tokenizer.all_special_ids)
+        fates: Counter[str] = Counter()
+        kept = []
+        for prompt, head, answer in zip(prompts, ids, answers):
+            empty = not set(answer.ids) - special
+            fate = "empty" if empty else "cut off" if answer.cut and self.cut_answers == "drop" else ""
+            fates[fate] += 1
+            if not fate:
+                kept.append(CalibrationExample(prompt.kind, prompt.length, tuple(head) + answer.ids, len(head)))
+        if self.max_perplexity is not None and kept:
+            assert model is not None
+            pairs = [(example.ids[: example.answer_start], example.ids[example.answer_start :]) for example in kept]
+            measured = perplexities(model, pairs)
+            fates["of a higher perplexity"] = sum(value > self.max_perplexity for value in measured)
+            kept = [example for example, value in zip(kept, measured) if value <= self.max_perplexity]
+        left_out = ", ".join(f"{number} {fate}" for fate, number in fates.items() if fate and number)
+        if not kept:
+            raise DataError(
+                f"None of the {len(prompts)} answers can be used: {left_out}. Raise answer_tokens or max_perplexity, set "
+                "cut_answers to keep, or let a model answer that is tuned for it (answers_from)."
+            )
+        if left_out:
+            log.warning("Of %d answers %d are left out: %s.", len(prompts), len(prompts) - len(kept), left_out)
+        return kept
+
+    def _check_lengths(self, source: str) -> None:
+        tokens = max(self.lengths + self.val_lengths) + (0 if self.supervision == "text" else self.answer_settings.max_tokens)
+        most = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+        if self.documents is not None and most is not None and tokens > most:
+            raise DataError(
+                f"lengths={self.lengths}, val_lengths={self.val_lengths} and answer_tokens make texts of {tokens} tokens; "
+                f"{source} takes {most}. Lower them."
+            )
+
+    def _text(self, filler: Filler, length: int) -> "CalibrationExample":
+        ids = self.tokenizer(filler.take(length), verbose=False).input_ids[:length]
+        return CalibrationExample("text", length, tuple(ids), 1)
+
+    def _show(self, examples: list["CalibrationExample"]) -> None:
+        if self._world[0]:
+            return
+        tokens = sum(len(example.ids) - example.answer_start for example in examples)
+        log.info("Calibration: %d examples, %d tokens with loss", len(examples), tokens)
+        for example in examples[:: max(len(examples) // self.show, 1)][: self.show] if self.show else []:
+            prompt, answer = list(example.ids[: example.answer_start]), list(example.ids[example.answer_start :])
+            start, end = (self.tokenizer.decode(part) for part in (prompt[:40], prompt[-40:]))
+            log.info(
+                "%s, %d tokens: %r ... %r\n  -> %r", example.kind, len(prompt), start, end, self.tokenizer.decode(answer[:80])
+            )
+
+    def hashes(self) -> dict[str, str]:
+        """Return the hash of the examples and the tokenizer's fingerprint."""
+        return {**super().hashes(), "calibration": self._content}
+
+
+class CalibrationExample:
+    """A prompt with its answer.
+
+    Args:
+        kind: What was asked, or ``text``.
+        length: Length level in tokens; 0 where it has none.
+        ids: Tokens of prompt and answer.
+        answer_start: Where the answer begins; everything from there on carries loss.
+    """
+
+    def __init__(self, kind: str, length: int, ids: tuple[int, ...], answer_start: int) -> None:
+        self.kind, self.length, self.ids, self.answer_start = kind, length, ids, answer_start
+
+
+class CalibrationExamples(Dataset):
+    """Examples as tensors.
+
+    Args:
+        examples: What ``items`` holds.
+    """
+
+    def __init__(self, examples: list[CalibrationExample]) -> None:
+        self.items = examples
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return ``input_ids``, ``labels`` (-100 before the answer), ``position_ids``, int64 [tokens], and ``length``."""
+        example = self.items[index]
+        ids = torch.tensor(example.ids)
+        labels = ids.clone()
+        labels[: example.answer_start] = -100
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": torch.arange(len(ids)),
+            "length": torch.tensor(example.length),
+        }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]

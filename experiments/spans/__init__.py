@@ -1,0 +1,1 @@
+"""Attention spans: configs, measurements and the benchmark."""

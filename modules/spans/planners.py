@@ -1,0 +1,194 @@
+"""How the spans of a plan are chosen: by influence, and by the methods that it is compared with."""
+
+import dataclasses
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from ...errors import InputError
+from .ablation import ablate
+from .heads import gate_values, induction_scores
+from .influence import Form, Rows
+from .measurements import ALONE, Answered, Loss, Processes
+from .profiler import SpanProfiler
+from .rules import DENSE, SpanPlan, SpanRule
+from .solver import Budget, pareto_plans
+
+log = logging.getLogger(__name__)
+
+
+class SpanPlanner(ABC):
+    """Chooses the spans of a model's heads within a budget."""
+
+    @abstractmethod
+    def plans(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
+    ) -> list[SpanPlan]:
+        """Return one plan, or several to choose from by validation.
+
+        Args:
+            model: Dense, in evaluation mode.
+            texts: With the model's own answers.
+            budget: What the plans may spend.
+            processes: That measure together; each returns the same plans.
+        """
+
+
+class Influence(SpanPlanner):
+    """The rules whose first-order cost on the model's own answers is least, by a mixed-integer program.
+
+    MoA (arXiv 2406.14909) is ``form: published, rows: all, loss: cross_entropy``.
+
+    Args:
+        form: How the effects of dropped keys are summed: ``net``, ``absolute`` or ``published``.
+        rows: Rows of the attention maps that count: those of the ``answer``, or ``all``.
+        loss: What the influence is upon: the answer's ``margin`` or ``cross_entropy``.
+    """
+
+    def __init__(self, *, form: Form = "net", rows: Rows = "all", loss: Loss = "margin") -> None:
+        self.form: Form = form
+        self.rows: Rows = rows
+        self.loss: Loss = loss
+
+    def plans(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
+    ) -> list[SpanPlan]:
+        """Return the plans that are best for some mixture of length levels."""
+        profile = SpanProfiler(budget.candidates, loss=self.loss).profile(model, texts, processes)
+        return pareto_plans(profile.costs(self.form, self.rows), profile.rules, budget, model.config)
+
+
+class LongOrShort(SpanPlanner):
+    """A planner that scores heads, and gives the highest the whole text and all others the shortest rule."""
+
+    @abstractmethod
+    def costs(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes
+    ) -> Mapping[int, np.ndarray]:
+        """Return what the shortest rule costs each head, at each length level [layers, key/value heads], 0 or more."""
+
+    def plans(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
+    ) -> list[SpanPlan]:
+        """Return the plans that are best for some mixture of length levels."""
+        short = shortest(budget)
+        costs = self.costs(model, texts, budget, processes)
+        stacked = {level: np.stack([cost, np.zeros_like(cost)], axis=2) for level, cost in costs.items()}
+        return pareto_plans(stacked, [short, DENSE], budget, model.config)
+
+
+class Ablation(LongOrShort):
+    """Heads by the loss that is measured when each one alone is cut: an upper bound, at one forward pass a head and text.
+
+    Args:
+        loss: What is measured: the answer's ``margin`` or ``cross_entropy``.
+    """
+
+    def __init__(self, *, loss: Loss = "margin") -> None:
+        self.loss: Loss = loss
+
+    def costs(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes
+    ) -> Mapping[int, np.ndarray]:
+        """Return the mean change of the loss at each length level."""
+        changes = ablate(model, texts, shortest(budget), sink=budget.sink, loss=self.loss, processes=processes)
+        levels = np.array([text.length for text in texts])
+        return {int(level): changes[levels == level].mean(axis=0).clip(min=0) for level in sorted(set(levels.tolist()))}
+
+
+class InductionHeads(LongOrShort):
+    """Heads by their induction and echo scores on random text said twice (RazorAttention, arXiv 2407.15891).
+
+    Args:
+        tokens: Random tokens, said twice.
+        seed: Of the tokens.
+
+    Raises:
+        InputError: If there are no tokens.
+    """
+
+    def __init__(self, *, tokens: int = 512, seed: int = 0) -> None:
+        if tokens < 1:
+            raise InputError(f"tokens={tokens} says nothing twice. Legal: 1 or more.")
+        self.tokens, self.seed = tokens, seed
+
+    def costs(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes
+    ) -> Mapping[int, np.ndarray]:
+        """Return the scores; they know no length."""
+        return {0: induction_scores(model, tokens=self.tokens, seed=self.seed)}
+
+
+class HeadGates(LongOrShort):
+    """Heads by trained gates between the whole text and a short span (DuoAttention, arXiv 2410.10819).
+
+    Args:
+        steps: Of the optimizer, one text each.
+        learning_rate: Of the gates.
+        penalty: Weight of the gates' mean in the loss.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    def __init__(self, *, steps: int = 60, learning_rate: float = 0.05, penalty: float = 0.05) -> None:
+        for name, value in (("steps", steps), ("learning_rate", learning_rate), ("penalty", penalty)):
+            if value <= 0:
+                raise InputError(f"{name}={value} trains no gate. Legal: above 0.")
+        self.steps, self.learning_rate, self.penalty = steps, learning_rate, penalty
+
+    def costs(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes
+    ) -> Mapping[int, np.ndarray]:
+        """Return the gates; they know no length."""
+        gates = gate_values(
+            model,
+            texts,
+            shortest(budget),
+            sink=budget.sink,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            penalty=self.penalty,
+            processes=processes,
+        )
+        return {0: gates}
+
+
+class UniformWindow(SpanPlanner):
+    """The same window for every head, behind the first positions (StreamingLLM, arXiv 2309.17453)."""
+
+    def plans(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
+    ) -> list[SpanPlan]:
+        """Return the plan that keeps the budget's share at every length."""
+        return [SpanPlan.same(SpanRule(-budget.sink, budget.density), model.config, sink=budget.sink)]
+
+
+class Shuffled(SpanPlanner):
+    """Another planner's spans given to random heads: what is left when only how many heads have which span is known.
+
+    Args:
+        of: The other planner; of several plans its first is taken.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, of: SpanPlanner | None = None, *, seed: int = 0) -> None:
+        self.of, self.seed = of or Influence(), seed
+
+    def plans(
+        self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
+    ) -> list[SpanPlan]:
+        """Return the plan with its rules shuffled."""
+        plan = self.of.plans(model, texts, budget, processes)[0]
+        rules = [rule for layer in plan.rules if layer is not None for rule in layer]
+        order = iter(np.random.default_rng(self.seed).permutation(len(rules)))
+        shuffled = tuple(None if layer is None else tuple(rules[next(order)] for _ in layer) for layer in plan.rules)
+        return [dataclasses.replace(plan, rules=shuffled, notes=None)]
+
+
+def shortest(budget: Budget) -> SpanRule:
+    """Return the candidate that keeps least at the budget's longest length."""
+    return min(budget.candidates.rules(), key=lambda rule: rule.kept(max(budget.lengths), budget.sink))

@@ -1,0 +1,105 @@
+"""Profiles of a model's heads: what every candidate rule would cost each of them, text by text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from ...errors import InputError
+from .influence import FORMS, ROWS, Form, Rows, influences
+from .measurements import ALONE, Answered, Loss, Processes, measure
+from .rules import DENSE, SpanRule
+
+
+@dataclass(frozen=True)
+class CandidateRules:
+    """The rules that heads may get: every alpha with every beta, and the whole text.
+
+    Args:
+        sink: First positions that every head sees.
+        alphas: Positions at any length.
+        betas: Positions for each position of the text.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    sink: int = 16
+    alphas: list[int] = field(default_factory=lambda: [32, 128, 512])
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.0625, 0.125, 0.25, 0.5])
+
+    def check(self) -> None:
+        """Raise an InputError for numbers out of range."""
+        if self.sink < 0:
+            raise InputError(f"sink={self.sink} is below 0. Legal: 0 positions or more.")
+        if not self.alphas or not self.betas:
+            raise InputError("alphas and betas each need at least one number, such as alphas: [32], betas: [0].")
+        self.rules()
+
+    def rules(self) -> list[SpanRule]:
+        """Return the rules, each once."""
+        return sorted({SpanRule(alpha, float(beta)) for alpha in self.alphas for beta in self.betas} | {DENSE})
+
+
+@dataclass(frozen=True)
+class SpanProfile:
+    """What each rule would cost each head, text by text, in all forms.
+
+    Args:
+        rules: The candidates.
+        lengths: Length level of each text.
+        values: float64 [texts, rows, forms, layers, key/value heads, rules]; see ``influences``.
+    """
+
+    rules: list[SpanRule]
+    lengths: list[int]
+    values: np.ndarray
+
+    def costs(self, form: Form, rows: Rows) -> dict[int, np.ndarray]:
+        """Return the mean cost at each length level [layers, key/value heads, rules], 0 or more.
+
+        Args:
+            form: How the effects of keys are summed.
+            rows: Rows of the answer, or all.
+        """
+        chosen = self.values[:, ROWS.index(rows), FORMS.index(form)].clip(min=0)
+        levels = sorted(set(self.lengths))
+        return {level: chosen[[length == level for length in self.lengths]].mean(axis=0) for level in levels}
+
+    def mean(self, form: Form, rows: Rows) -> np.ndarray:
+        """Return the mean cost over all texts [layers, key/value heads, rules], 0 or more; see ``costs``."""
+        return self.values[:, ROWS.index(rows), FORMS.index(form)].clip(min=0).mean(axis=0)
+
+
+class SpanProfiler:
+    """Finds what each rule would cost each head, by one backward pass a text; what is done is kept in the cache.
+
+    Args:
+        candidates: Rules to try.
+        loss: What the influence is upon: the answer's ``margin`` or ``cross_entropy``.
+
+    Raises:
+        InputError: If the candidates are out of range.
+    """
+
+    def __init__(self, candidates: CandidateRules = CandidateRules(), *, loss: Loss = "margin") -> None:
+        candidates.check()
+        self.candidates, self.loss = candidates, loss
+
+    def profile(self, model: PreTrainedModel, texts: Sequence[Answered], processes: Processes = ALONE) -> SpanProfile:
+        """Return the profile of a dense model, in evaluation mode, on texts with its own answers.
+
+        Args:
+            model: The model.
+            texts: The texts.
+            processes: Each takes its share of the texts.
+        """
+        rules, sink = self.candidates.rules(), self.candidates.sink
+
+        def one(text: Answered) -> np.ndarray:
+            return influences(model, text.ids, text.answer_start, rules, sink=sink, loss=self.loss)
+
+        settings = [[[rule.alpha, rule.beta] for rule in rules], sink, self.loss]
+        values = measure(model, "profile", settings, texts, one, processes)
+        return SpanProfile(rules, [text.length for text in texts], values)
