@@ -18,7 +18,7 @@ from ...modules.pretrained import Dtype, load_config, load_model, resolve_source
 from ..base import TokenDataModule
 from ..documents import DataError, check_documents, read_documents, read_rows
 from .answers import Answer, AnswerCache, AnswerSettings, perplexities
-from .prompts import KINDS, Filler, Kind, Prompt, PromptForm, question, retrieval, summary
+from .prompts import KINDS, Filler, Kind, Prompt, PromptForm, pieces, question, retrieval, summary
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ class SelfGeneratedCalibration(TokenDataModule):
     calibrates better than a text or people's answers do (MoA, arXiv 2406.14909), which are here too, to compare.
 
     Args:
-        documents: Source of long texts: a file, a folder, ``package:python-docs``, ``hub:owner/name[:split]``; None asks
-            questions alone.
+        documents: Source of texts: a file, a folder, ``package:python-docs``, ``hub:owner/name[:split]``; short ones are put
+            together and very long ones cut at the ends of lines. None asks questions alone.
         text_field: Column of the text in JSONL, Parquet and hub data.
         documents_from: Model that writes the texts, each going on from the first words of a document; None takes the documents
             as people wrote them.
@@ -180,7 +180,7 @@ class SelfGeneratedCalibration(TokenDataModule):
         form = PromptForm(self.tokenizer, self.chat)
         texts: list[list[str]] = [[], []]
         if self.documents is not None:
-            documents = sorted(set(read_documents(self.documents, self.text_field)), key=_digest)
+            documents = sorted(set(pieces(read_documents(self.documents, self.text_field))), key=_digest)
             texts = self._split(documents)
             if not texts[0]:
                 raise DataError(f"documents={self.documents!r} holds no text. Give a source with more documents.")
@@ -330,7 +330,8 @@ class SelfGeneratedCalibration(TokenDataModule):
         return kept
 
     def _check_lengths(self, source: str) -> None:
-        tokens = max(self.lengths + self.val_lengths) + (0 if self.supervision == "text" else self.answer_settings.max_tokens)
+        lengths = self.lengths + (self.val_lengths if self.val_examples else [])
+        tokens = max(lengths) + (0 if self.supervision == "text" else self.answer_settings.max_tokens)
         most = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
         if self.documents is not None and most is not None and tokens > most:
             raise DataError(

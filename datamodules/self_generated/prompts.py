@@ -1,7 +1,7 @@
 """Prompts for calibration and for long-context tests: documents to summarise, questions, and keys hidden in a text."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +71,17 @@ class PromptForm:
         apart = answer if text[-1:].isspace() or self.chat else f" {answer}"
         end = self.tokenizer.eos_token_id
         return [*self.tokenizer(apart, add_special_tokens=False).input_ids, *([] if end is None else [end])]
+
+
+def pieces(documents: Iterable[str], size: int = 6000) -> Iterator[str]:
+    """Yield documents, those of more than twice ``size`` characters cut at the ends of lines into pieces of about that size."""
+    for document in documents:
+        start = 0
+        while len(document) - start > 2 * size:
+            end = document.find("\n", start + size, start + 2 * size) + 1 or start + 2 * size
+            yield document[start:end]
+            start = end
+        yield document[start:]
 
 
 class Filler:

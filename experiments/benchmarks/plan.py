@@ -199,6 +199,9 @@ class Benchmark:
         elif step.command == "measure":
             step.settings = {"seed": seed, **step.settings}
         steps = [step] + [self._step(name, part, let) for name, part in self.spec.get("evaluations", {}).items()]
+        for evaluation in steps[1:]:
+            if evaluation.command == "measure":
+                evaluation.settings = {"seed": seed, **evaluation.settings}
         disk = entry.get("disk")
         if disk is not None and disk not in products:
             raise InputError(

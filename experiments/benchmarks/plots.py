@@ -28,13 +28,21 @@ def draw(plan: Benchmark, results: list[dict[str, Any]], key: str, kind: str) ->
         InputError: If matplotlib is missing, or the plot needs a metric or curve that no result has.
     """
     entry = plan.spec["report"]["plots"][key]
-    drawers: dict[str, Callable[..., None]] = {"scatter": _scatter, "bars": _bars, "curve": _curve, "timeline": _timeline}
+    drawers: dict[str, Callable[..., None]] = {
+        "scatter": _scatter,
+        "bars": _bars,
+        "curve": _curve,
+        "timeline": _timeline,
+        "heatmap": _heatmap,
+    }
     title = entry.get("title", plan.spec["title"])
-    panels = len(entry.get("panels", "1"))
-    return picture(lambda axes: drawers[entry["kind"]](axes, plan, results, entry), title, kind, panels=panels)
+    maps = entry["kind"] == "heatmap"
+    shape = (1, len(entry["only"])) if maps else (len(entry.get("panels", "1")), 1)
+    height = 2.4 if maps else 4.2
+    return picture(lambda axes: drawers[entry["kind"]](axes, plan, results, entry), title, kind, height, shape)
 
 
-def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 4.2, panels: int = 1) -> bytes:
+def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 4.2, shape: tuple[int, int] = (1, 1)) -> bytes:
     """Return a picture's bytes.
 
     Args:
@@ -42,7 +50,7 @@ def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 
         title: Stands above.
         kind: ``svg`` or ``png``.
         height: In inches.
-        panels: How many, one below the other on one x axis.
+        shape: Panels below and beside each other; those below each other share the x axis.
     """
     try:
         import matplotlib
@@ -54,9 +62,12 @@ def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 
     # Nothing that changes from call to call may get into the file.
     with matplotlib.rc_context({"svg.hashsalt": "fulgurite", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(7.2, height), layout="constrained")
-        stack = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
-        fill(stack[0] if panels == 1 else stack)
-        stack[0].set_title(title)
+        stack = list(figure.subplots(*shape, sharex=True, sharey=shape[1] > 1, squeeze=False).flat)
+        fill(stack[0] if len(stack) == 1 else stack)
+        if shape[1] > 1:
+            figure.suptitle(title)
+        else:
+            stack[0].set_title(title)
         for axes in stack:
             locator = axes.xaxis.get_major_locator()
             if isinstance(locator, MaxNLocator):
@@ -181,3 +192,25 @@ def _timeline(stack: list[Any], plan: Benchmark, results: list[dict[str, Any]], 
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     stack[-1].set_xlabel("seconds of training")
+
+
+def _heatmap(stack: list[Any], plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """Shares by length and depth, a panel a variant, from its curves ``<y>_<length>``; means over its seeds."""
+    for axes, variant in zip(stack, _chosen(plan, entry)):
+        own = [result["metrics"]["curves"] for result in results if result["run"]["variant"] == variant]
+        names = {name.rpartition("_") for curves in own for name in curves}
+        lengths = sorted(int(length) for what, _, length in names if what == entry["y"])
+        if not lengths:
+            raise InputError(f"plots of benchmark {plan.name!r}: {variant} has no curve {entry['y']}_<length>.")
+        rows = []
+        for length in lengths:
+            curves = [c[f"{entry['y']}_{length}"] for c in own]
+            rows.append([sum(points) / len(points) for points in zip(*([value for _, value in curve] for curve in curves))])
+        wide = max(map(len, rows))
+        # A length with fewer prompts has broader fields.
+        fields = [[row[place * len(row) // wide] for place in range(wide)] for row in rows]
+        axes.imshow(fields, aspect="auto", cmap="gray", vmin=0, vmax=1, extent=(0, 1, len(lengths) - 0.5, -0.5))
+        axes.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_title(_name(plan.spec["variants"][variant]["title"], ""), fontsize=8)
+        axes.set_xlabel("depth of the key")
+    stack[0].set_ylabel("tokens")

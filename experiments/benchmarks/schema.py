@@ -45,7 +45,7 @@ SCHEMA = _mapping(
                 "title",
             )
         ),
-        "evaluations": _named(_mapping(_STEP, "command", "metrics")),
+        "evaluations": _named(_mapping(_STEP, "command")),
         "report": _mapping(
             {
                 "baseline": {"type": "string"},
@@ -66,7 +66,7 @@ SCHEMA = _mapping(
                     {
                         **_mapping(
                             {
-                                "kind": {"enum": ["curve", "scatter", "bars", "timeline"]},
+                                "kind": {"enum": ["curve", "scatter", "bars", "timeline", "heatmap"]},
                                 "x": {"type": "string"},
                                 "y": {"type": "string"},
                                 "panels": {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 2},
@@ -75,9 +75,14 @@ SCHEMA = _mapping(
                             },
                             "kind",
                         ),
-                        "if": {"properties": {"kind": {"const": "timeline"}}},
-                        "then": {"required": ["panels", "only"], "properties": {"only": {"maxItems": 1, "minItems": 1}}},
-                        "else": {"required": ["y"]},
+                        "allOf": [
+                            {
+                                "if": {"properties": {"kind": {"const": "timeline"}}},
+                                "then": {"required": ["panels", "only"], "properties": {"only": {"maxItems": 1, "minItems": 1}}},
+                                "else": {"required": ["y"]},
+                            },
+                            {"if": {"properties": {"kind": {"const": "heatmap"}}}, "then": {"required": ["only"]}},
+                        ],
                     }
                 ),
             },

@@ -89,6 +89,8 @@ class Slots:
             visible = np.pad(visible, pad)
             if self.positions.shape[1] > self.capacity:
                 grow = max(8, self.capacity // 64)
+                if self.rule.beta == 0:  # it grows no further
+                    grow = max(1, min(grow, self.sink + self.rule.alpha - self.capacity))
                 self.capacity += grow
         rows = np.arange(len(slots))
         self.positions[rows, slots] = new[:, 0]

@@ -9,7 +9,7 @@ import torch
 from fulgurite.datamodules import SelfGeneratedCalibration
 from fulgurite.datamodules.self_generated import datamodule as module
 from fulgurite.datamodules.self_generated.answers import AnswerCache, AnswerSettings, perplexities
-from fulgurite.datamodules.self_generated.prompts import Filler, PromptForm, retrieval, summary
+from fulgurite.datamodules.self_generated.prompts import Filler, PromptForm, pieces, retrieval, summary
 from fulgurite.errors import InputError
 from fulgurite.modules.pretrained import load_model
 from fulgurite.modules.tiny import tiny_tokenizer
@@ -129,6 +129,14 @@ def test_keys_are_hidden_where_they_should_be():
         assert prompt.text.count("Remember it.") == 4
         asked = prompt.text.rsplit("What is the pass key of ")[-1].split("?")[0]
         assert f"The pass key of {asked} is {prompt.answer}." in prompt.text
+
+
+def test_long_texts_are_cut_at_the_ends_of_lines():
+    text = "".join(f"{n} {prose(12, n)}\n" for n in range(100))
+    cut = list(pieces(["short", text, "x" * 500], size=200))
+    assert "".join(cut) == f"short{text}{'x' * 500}"
+    assert all(len(piece) <= 400 for piece in cut)
+    assert all(piece.endswith("\n") for piece in cut[1:-2])
 
 
 @pytest.mark.parametrize("length", [200, 500])

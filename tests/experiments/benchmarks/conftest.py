@@ -72,6 +72,7 @@ SPEC = {
             "front": {"kind": "scatter", "x": "loss", "y": "tokens_per_second"},
             "bars": {"kind": "bars", "y": "loss"},
             "times": {"kind": "timeline", "panels": {"train_loss": "loss", "val_loss": "unseen"}, "only": ["slow"]},
+            "map": {"kind": "heatmap", "y": "found", "only": ["slow", "fast"]},
         },
     },
 }
@@ -111,7 +112,11 @@ def result(variant, seed, loss, *, speed=100.0, curve=(), **environment):
         },
         "metrics": {
             "final": {"loss": loss},
-            "curves": {name: [list(point) for point in curve] for name in ("train_loss", "val_loss")},
+            "curves": {
+                **{name: [list(point) for point in curve] for name in ("train_loss", "val_loss")},
+                "found_512": [[0.25, 1.0], [0.75, 0.0]],
+                "found_1024": [[0.5, 0.5]],
+            },
         },
         "cost": {"seconds": 20.0, "evaluation_seconds": 5.0, "peak_memory_bytes": 1, "tokens_per_second": speed},
         "environment": {

@@ -150,6 +150,9 @@ def test_plots_are_the_same_bytes_for_the_same_results(bench, kind):
         once = draw(plan, results, key, kind)
         assert once == draw(plan, results, key, kind)
         assert once[:4] == (b"\x89PNG" if kind == "png" else b"<?xm")
+    blank = bench(lambda spec: spec["report"]["plots"]["map"].update(y="lost"))
+    with pytest.raises(InputError, match="slow has no curve lost_<length>"):
+        draw(blank, results, "map", kind)
     other = bench(lambda spec: spec["report"]["plots"]["bars"].update(only=["fsat"]))
     with pytest.raises(InputError, match="only: 'fsat' is no variant. Did you mean 'fast'"):
         draw(other, results, "bars", kind)
@@ -165,7 +168,7 @@ def test_report_of_the_command_line(bench, tmp_path, capsys):
     plan = bench()
     plan.results.mkdir(parents=True)
     for number, entry in enumerate(TWO):
-        entry["metrics"]["curves"] = {"train_loss": [[0, 1.0], [1, 0.5]], "val_loss": [[1, 0.7]]}
+        entry["metrics"]["curves"] |= {"train_loss": [[0, 1.0], [1, 0.5]], "val_loss": [[1, 0.7]]}
         (plan.results / f"{number}.json").write_text(json.dumps(entry))
     main(["report", "method", "--plot", str(tmp_path / "plots")])
     assert "| small rate | 2 |" in capsys.readouterr().out

@@ -1,0 +1,243 @@
+"""What a model with spans still finds in a long text, how close it stays to the dense one, and what it costs to run."""
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...datamodules import SelfGeneratedCalibration
+from ...datamodules.documents import read_documents
+from ...datamodules.self_generated.prompts import Filler, PromptForm, pieces, retrieval
+from ...modules.pretrained import Dtype, load_model, load_tokenizer
+from ...modules.spans import CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
+from ...modules.spans.ablation import ablate
+from ...modules.spans.fidelity import Fidelity, answer_log_probabilities, fidelity
+from ...modules.spans.measurements import Answered, answered
+from ...modules.spans.rules import SpanRule
+
+_SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_KEYS = 4  # of the prompts with several
+
+
+def passkeys(
+    *, seed: int, model: str, documents: str, counts: dict[str, dict[str, int]], weights: Dtype = "bfloat16"
+) -> dict[str, Any]:
+    """Ask for keys hidden in texts: in real documents, in one paragraph said again and again, and among other keys.
+
+    A key is right where greedy decoding would write all of its digits.
+
+    Args:
+        seed: Of the prompts.
+        model: Source of the model; one with a plan of spans sees them.
+        documents: Source of the real documents.
+        counts: Prompts by kind (``documents``, ``far``: documents too, ``sentences``, ``keys``) and length in tokens; their
+            depths are spread evenly.
+        weights: Type of the weights in memory.
+
+    Returns:
+        ``metrics``: share of right keys by kind and length, and for each kind the mean over the lengths; ``curves``: by depth.
+    """
+    tokenizer, loaded = load_tokenizer(model), load_model(model, weights)
+    form = PromptForm(tokenizer)
+    metrics: dict[str, float] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for kind, by_length in counts.items():
+        for length, count in ((int(length), count) for length, count in by_length.items()):
+            generator = random.Random(f"{seed} {kind} {length}")
+            filler = Filler(_texts(kind, documents, generator), tokenizer, "documents")
+            right = []
+            for number in track(range(count), description=f"{kind}, {length} tokens"):
+                depth = (number + 0.5) / count
+                prompt = retrieval(form, filler, length, generator, depth=depth, keys=_KEYS if kind == "keys" else 1)
+                right.append([depth, float(_would_write(loaded, tokenizer, form.ids(prompt.text), prompt.answer or ""))])
+            metrics[f"{kind}_{length}"] = statistics.fmean(value for _, value in right)
+            curves[f"{kind}_{length}"] = right
+        metrics[kind] = statistics.fmean(metrics[f"{kind}_{length}"] for length in by_length)
+    return {"metrics": metrics, "curves": curves}
+
+
+def _texts(kind: str, documents: str, generator: random.Random) -> Iterator[str]:
+    if kind == "sentences":
+        return itertools.repeat(_SENTENCES)
+    found = [text for text in pieces(read_documents(documents)) if len(text) > 300]
+    # Where the documents are few, they come again in another order.
+    return (text for _ in itertools.count() for text in generator.sample(found, len(found)))
+
+
+def _would_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], answer: str) -> bool:
+    target = tokenizer(answer, add_special_tokens=False).input_ids
+    text = Answered(torch.tensor([*ids, *target]), len(ids), 0)
+    return answer_log_probabilities(model, text).argmax(dim=-1).tolist() == target
+
+
+def closeness(
+    *, seed: int, model: str, source: str, documents: str, text: str, lengths: list[int], examples: int, text_tokens: int
+) -> dict[str, float]:
+    """Compare a model with the dense one: on held-out answers of the dense model, and on running text.
+
+    Args:
+        seed: Of the prompts.
+        model: Source of the model with spans.
+        source: Of the dense model, which answers.
+        documents: Source of the documents that it is asked about.
+        text: Source of running text.
+        lengths: Tokens of the prompts.
+        examples: Prompts of each kind at each length.
+        text_tokens: Tokens of running text, in pieces of the longest length.
+
+    Returns:
+        ``answer_kl``, ``answer_loss``, ``answer_loss_dense``, ``answer_agreement``, and the same for ``text``, losses in nats a
+        token; ``cache``, the share of the cache that the plan keeps at the longest length.
+    """
+    data = SelfGeneratedCalibration(
+        documents,
+        lengths=lengths,
+        examples=examples,
+        val_examples=0,
+        answers_from=source,
+        tokenizer=source,
+        seed=seed + 1000,  # no prompt of a calibration set of the same seed
+        show=0,
+    )
+    data.prepare_data()
+    assert data.train_set is not None
+    loaded = load_model(model)
+    plan = plan_of(loaded.config)
+    assert plan is not None
+    remove_plan(loaded)
+    (own,) = fidelity(loaded, [plan], answered(data.train_set))
+    tokenizer, size = load_tokenizer(source), max(lengths)
+    whole = "\n".join(itertools.islice(read_documents(text), 2000))
+    ids = torch.tensor(tokenizer(whole, add_special_tokens=False, verbose=False).input_ids[:text_tokens])
+    (running,) = fidelity(loaded, [plan], [Answered(piece, 1, 0) for piece in ids.split(size) if len(piece) == size])
+    return {**_named("answer", own), **_named("text", running), "cache": plan.density(size)}
+
+
+def _named(name: str, found: Fidelity) -> dict[str, float]:
+    return {
+        f"{name}_kl": found.kl,
+        f"{name}_loss": found.loss,
+        f"{name}_loss_dense": found.dense_loss,
+        f"{name}_agreement": found.agreement,
+    }
+
+
+def ranking(
+    *, seed: int, source: str, documents: str, lengths: list[int], examples: int, form: str, rows: str, loss: str
+) -> dict[str, float]:
+    """Compare the influence of heads with their ablation, each on prompts of its own.
+
+    Args:
+        seed: Of the prompts.
+        source: Of the model.
+        documents: Source of the documents.
+        lengths: Tokens of the prompts that heads are profiled on; they are ablated on the shortest.
+        examples: Prompts of each kind at each length.
+        form: See ``Influence``.
+        rows: See ``Influence``.
+        loss: See ``Influence``.
+
+    Returns:
+        ``rank_correlation`` (Spearman's) and ``worst_ten_in_first_twenty``.
+    """
+    from scipy.stats import spearmanr
+
+    chosen = Influence(form=form, rows=rows, loss=loss)  # type: ignore[arg-type]
+    loaded, candidates = load_model(source), CandidateRules()
+    sets = []
+    for part, levels in enumerate((lengths, [min(lengths)])):
+        data = SelfGeneratedCalibration(
+            documents,
+            lengths=levels,
+            examples=examples,
+            val_examples=0,
+            answers_from=source,
+            tokenizer=source,
+            seed=seed + 1000 * part,
+            show=0,
+        )
+        data.prepare_data()
+        assert data.train_set is not None
+        sets.append(answered(data.train_set))
+    short = SpanRule(min(candidates.alphas), min(candidates.betas))
+    profile = SpanProfiler(candidates, loss=chosen.loss).profile(loaded, sets[0])
+    ours = profile.mean(chosen.form, chosen.rows)[:, :, profile.rules.index(short)].reshape(-1)
+    truth = ablate(loaded, sets[1], short, sink=candidates.sink, loss="margin").mean(axis=0).reshape(-1)
+    worst, first = set(np.argsort(-truth)[:10].tolist()), set(np.argsort(-ours)[:20].tolist())
+    return {
+        "rank_correlation": float(spearmanr(ours, truth).statistic),
+        "worst_ten_in_first_twenty": float(len(worst & first)),
+    }
+
+
+@torch.no_grad()
+def speed(
+    *, seed: int, model: str, batch: int, context: int, tokens: int, rounds: int, weights: Dtype = "float32"
+) -> dict[str, float]:
+    """Read a context and write tokens behind it, with the spans of a model and dense, in turns.
+
+    Args:
+        seed: Of the context's tokens.
+        model: Source of a model with a plan of spans.
+        batch: Texts at once.
+        context: Tokens before the first that is written.
+        tokens: Tokens that are written a turn.
+        rounds: Turns that are counted, behind one that is not.
+        weights: Type of the weights in memory.
+
+    Returns:
+        For both: ``prefill_seconds``, ``tokens_per_second`` of decoding, ``cache_bytes``, and ``read_bytes``, what a step has to
+        read of weights and cache; the plan's ``planned_bytes``; and how many times faster the spans are (medians of neighbours).
+    """
+    loaded = load_model(model, weights)
+    plan = plan_of(loaded.config)
+    assert plan is not None
+    ids = torch.randint(0, int(loaded.config.vocab_size), (batch, context), generator=torch.Generator().manual_seed(seed))
+    weights_bytes = sum(part.nbytes for part in loaded.parameters())
+    figures: dict[str, list[dict[str, float]]] = {"spans": [], "dense": []}
+    for number in track(range(2 * (rounds + 1)), description=f"batch {batch}, {context} tokens"):
+        if number % 2:
+            remove_plan(loaded)
+            figures["dense"].append(_run(loaded, ids, tokens, DynamicCache(config=loaded.config)))
+        else:
+            apply_plan(loaded, plan)
+            figures["spans"].append(_run(loaded, ids, tokens, SpanCache(plan, loaded.config)))
+    found: dict[str, float] = {}
+    for name, turns in figures.items():
+        for key in turns[0]:
+            found[f"{name}_{key}"] = statistics.median(turn[key] for turn in turns[1:])
+        found[f"{name}_read_bytes"] = weights_bytes + found[f"{name}_cache_bytes"]
+    pairs = list(zip(figures["spans"][1:], figures["dense"][1:]))
+    found["decode_speedup"] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+    found["prefill_speedup"] = statistics.median(b["prefill_seconds"] / a["prefill_seconds"] for a, b in pairs)
+    found["roofline_speedup"] = found["dense_read_bytes"] / found["spans_read_bytes"]
+    found["planned_bytes"] = plan.density(context + tokens) * found["dense_cache_bytes"]
+    return found
+
+
+def _run(model: PreTrainedModel, ids: Tensor, tokens: int, cache: Any) -> dict[str, float]:
+    begin = time.perf_counter()
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    read = time.perf_counter()
+    times = []
+    for _ in range(tokens):
+        start = time.perf_counter()
+        logits = model(input_ids=logits[:, -1:].argmax(dim=-1), past_key_values=cache, use_cache=True).logits
+        times.append(time.perf_counter() - start)
+    if isinstance(cache, SpanCache):
+        held = cache.nbytes()
+    else:
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {
+        "prefill_seconds": read - begin,
+        "tokens_per_second": len(ids) / statistics.median(times),
+        "cache_bytes": float(held),
+    }
