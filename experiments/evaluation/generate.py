@@ -1,5 +1,6 @@
 """``fulgurite generate``: what a model writes after a prompt, for four uses."""
 
+import logging
 import sys
 
 import torch
@@ -143,4 +144,6 @@ def continue_text(
 
 def main(arguments: list[str]) -> None:
     """Run ``generate`` with the words of a command line."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fulgurite").setLevel(logging.INFO)  # such as: this model has spans
     auto_cli(generate, args=arguments, prog="fulgurite generate", as_positional=False)

@@ -12,6 +12,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...errors import InputError
 from .cache import SpanLayer
+from .flex import attend_flex
 from .rules import SpanRule, groups_of
 from .windows import HIDDEN, attend_in_blocks
 
@@ -67,7 +68,7 @@ def span_attention(
     """Attend as the layer's rules say; a layer without any attends as it always did.
 
     Args:
-        module: The layer's attention, with ``span_rules`` and ``span_sink``.
+        module: The layer's attention, with ``span_rules``, ``span_sink`` and ``span_prefill``.
         query: [batch, heads, queries, size].
         key: [batch, key/value heads, keys, size], or the layer's cache.
         value: As the keys.
@@ -87,10 +88,15 @@ def span_attention(
     batch, heads, count, size = query.shape
     grouped = query.view(batch, len(rules), heads // len(rules), count, size)
     padding = None if attention_mask is None else attention_mask.padding
+    flex = getattr(module, "span_prefill", "sdpa") == "flex" and not query.requires_grad and not dropout
     if isinstance(key, SpanLayer):
-        out = key.attend(grouped, padding, scaling)
+        out = key.attend(grouped, padding, scaling, flex=flex)
+        return out.reshape(batch, heads, count, size).transpose(1, 2).contiguous(), None
+    assert isinstance(value, Tensor)
+    plain = attention_mask is None or (attention_mask.causal and padding is None)
+    if flex and plain and count == key.shape[2] > 1:
+        out = attend_flex(grouped, key, value, rules, module.span_sink, scaling)  # type: ignore[arg-type]
     else:
-        assert isinstance(value, Tensor)
         queries, keys, also = _positions(key.shape[2], count, attention_mask, position_ids, query.device)
         pieces = []
         for rule, mine in groups_of(rules).items():

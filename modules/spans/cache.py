@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ...errors import InputError
+from .flex import attend_flex
 from .rules import SpanPlan, SpanRule, groups_of
 from .windows import HIDDEN, attend, attend_in_blocks
 
@@ -174,7 +175,7 @@ class SpanLayer(CacheLayerMixin):
 
     def __init__(self, rules: tuple[SpanRule, ...], sink: int, book: Book) -> None:
         super().__init__()
-        self.groups, self.sink, self.book = groups_of(rules), sink, book
+        self.rules, self.groups, self.sink, self.book = rules, groups_of(rules), sink, book
         self.memory: dict[SpanRule, tuple[Tensor, Tensor]] = {}  # keys and values [batch, heads of the rule, capacity, size]
         self.seen = 0
         self._new: tuple[Tensor, Tensor] | None = None
@@ -191,13 +192,14 @@ class SpanLayer(CacheLayerMixin):
         self._new = (key_states, value_states)
         return self, self
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, *, flex: bool = False) -> Tensor:
         """Attend to what is held and to the tokens that have just come, and forget what falls out of sight.
 
         Args:
             query: [batch, key/value heads, group, tokens, size].
             mask: False for padding, bool [batch, seen + tokens]; None where there is none.
             scaling: Of the scores.
+            flex: Read a whole text with FlexAttention.
 
         Returns:
             The shape of the query.
@@ -206,12 +208,19 @@ class SpanLayer(CacheLayerMixin):
         (keys, values), self._new = self._new, None
         count = query.shape[3]
         new = self.book.positions(self.seen, count, mask)
-        out = torch.empty_like(query)
+        whole = flex and self.seen == 0 and mask is None and count > 1
+        out = attend_flex(query, keys, values, self.rules, self.sink, scaling) if whole else torch.empty_like(query)
         for rule, heads in self.groups.items():
             turn = self.book.slots[rule].advance(self.seen, new, self.book.tokens)
             mine = slice(None) if len(heads) == keys.shape[1] else heads
-            part = self._one if turn.slots is not None else self._many
-            out[:, mine] = part(rule, turn, query[:, mine], keys[:, mine], values[:, mine], scaling)
+            key, value = keys[:, mine], values[:, mine]
+            if turn.slots is not None:
+                out[:, mine] = self._one(rule, turn, query[:, mine], key, value, scaling)
+            else:
+                key, value = self._with_held(rule, turn, key, value)
+                if not whole:
+                    out[:, mine] = self._many(rule, turn, query[:, mine], key, value, scaling)
+                self._keep(rule, turn, key, value)
         self.seen += count
         return out
 
@@ -229,31 +238,34 @@ class SpanLayer(CacheLayerMixin):
         allowed = None if turn.visible is None else torch.from_numpy(turn.visible).to(query.device)[:, None]
         return attend(query, held[0][:, :, : turn.used], held[1][:, :, : turn.used], allowed, scaling)
 
-    def _many(self, rule: SpanRule, turn: Turn, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def _with_held(self, rule: SpanRule, turn: Turn, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         held = self.memory.get(rule)
-        if held is not None:
-            before = turn.keys.shape[1] - query.shape[3]
-            key, value = (torch.cat([part[:, :, :before], new], dim=2) for part, new in zip(held, (key, value)))
-        device = query.device
-        out = attend_in_blocks(
+        if held is None:
+            return key, value
+        before = turn.keys.shape[1] - key.shape[2]
+        return torch.cat([held[0][:, :, :before], key], dim=2), torch.cat([held[1][:, :, :before], value], dim=2)
+
+    def _many(self, rule: SpanRule, turn: Turn, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return attend_in_blocks(
             query,
             key,
             value,
             rule,
             self.sink,
             scaling,
-            queries=torch.from_numpy(turn.queries).to(device),
-            keys=torch.from_numpy(turn.keys).to(device),
-            ordered=held is None,
+            queries=torch.from_numpy(turn.queries).to(query.device),
+            keys=torch.from_numpy(turn.keys).to(query.device),
+            ordered=rule not in self.memory,
         )
+
+    def _keep(self, rule: SpanRule, turn: Turn, key: Tensor, value: Tensor) -> None:
         assert turn.kept is not None
-        kept = torch.from_numpy(turn.kept).to(device)
+        kept = torch.from_numpy(turn.kept).to(key.device)
         if len(kept) == 1:
             self.memory[rule] = (key.index_select(2, kept[0]), value.index_select(2, kept[0]))
         else:
             places = kept[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
             self.memory[rule] = (key.gather(2, places), value.gather(2, places))
-        return out
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length that masks have, the forgotten tokens included, and where they begin."""

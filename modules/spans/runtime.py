@@ -3,33 +3,40 @@
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ...errors import InputError
+from ...errors import InputError, nearest
 from .attention import NAME, attentions
 from .cache import SpanCache
 from .rules import CONFIG_KEY, SpanPlan, plan_of
 
+Prefill = Literal["sdpa", "flex"]
+
 log = logging.getLogger(__name__)
 
 
-def apply_plan(model: PreTrainedModel, plan: SpanPlan) -> PreTrainedModel:
+def apply_plan(model: PreTrainedModel, plan: SpanPlan, *, prefill: Prefill = "sdpa") -> PreTrainedModel:
     """Make a model attend as a plan says, in training, evaluation and ``generate``, which then keeps what is in sight alone.
 
     Args:
         model: A causal language model; it is changed and returned.
         plan: Its config carries it from now on.
+        prefill: How a whole text without padding is read: ``sdpa``, in blocks of queries for each rule; or ``flex``, by
+            FlexAttention, which is compiled for each 1024 tokens more (on a CPU that takes a C++ compiler). Training uses
+            ``sdpa``.
 
     Raises:
-        InputError: If the plan is for another model, or the model's attention is none that can be given spans.
+        InputError: If ``prefill`` is unknown, the plan is for another model, or the model's attention cannot be given spans.
     """
+    if prefill not in get_args(Prefill):
+        raise InputError(f"prefill={prefill!r} is unknown.{nearest(prefill, get_args(Prefill))}")
     plan.check(model.config)
     layers = attentions(model)
     model.set_attn_implementation(NAME)
     for layer, rules in zip(layers, plan.rules):
-        layer.span_rules, layer.span_sink = rules, plan.sink  # type: ignore[assignment]
+        layer.span_rules, layer.span_sink, layer.span_prefill = rules, plan.sink, prefill  # type: ignore[assignment]
     setattr(model.config, CONFIG_KEY, plan.to_json())
     original = type(model).generate  # type: ignore[attr-defined]
 
@@ -54,20 +61,22 @@ def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(folder: str | Path, *, prefill: Prefill = "sdpa", **kwargs: Any) -> PreTrainedModel:
     """Load a model whose folder has a plan of spans, and make it attend as the plan says.
 
     Args:
         folder: Folder of ``transformers``.
+        prefill: How a whole text is read; see ``apply_plan``.
         kwargs: For ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         InputError: If the folder has no plan, or one for another model.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    if plan_of(model.config) is None:
+    plan = plan_of(model.config)
+    if plan is None:
         raise InputError(f"{folder} has no plan of spans in its config.json. Load it with transformers.")
-    return model
+    return apply_plan(model, plan, prefill=prefill)
 
 
 def _apply_on_load() -> None:

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from fulgurite.experiments.evaluation.code_execution import Limits, run_code
 from fulgurite.experiments.evaluation.templates import TEMPLATES, template
 from fulgurite.experiments.main import main
+from fulgurite.modules.spans import SpanPlan, SpanRule
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 
 
@@ -25,6 +28,16 @@ def test_text_is_streamed(model, capsys):
         drawn.append(capsys.readouterr().out)
     assert drawn[0] == drawn[1] != drawn[2]
     assert once
+
+
+def test_spans_of_a_folder_are_used_and_said(model, capsys, caplog):
+    words = ["generate", "--model", model, "--prompt", "sand and glass and lightning", "--max_new_tokens", "16"]
+    main(words)
+    dense = capsys.readouterr().out
+    SpanPlan.same(SpanRule(3), tiny_model().config, sink=1).save(Path(model))
+    main(words)
+    assert "Attention spans of the model's folder: 0 % of the cache at 4096 tokens" in caplog.text
+    assert capsys.readouterr().out != dense
 
 
 def test_code_keeps_the_function_and_is_run_on_the_flag_alone(model, capsys, monkeypatch):

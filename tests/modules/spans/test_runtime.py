@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fulgurite.errors import InputError
-from fulgurite.modules.spans import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, load, plan_of, remove_plan
+from fulgurite.modules.spans import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, flex, load, plan_of, remove_plan
 from fulgurite.modules.spans.windows import span_at
 
 from .small import KINDS, RULES, SIZES, ids_of, model_of, plan_for
@@ -222,3 +222,26 @@ def test_wrong_use_is_refused():
     cache = SpanCache(plan, model.config)
     with pytest.raises(InputError, match="cannot take tokens back"):
         cache.crop(1)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_flex_attention_reads_what_blocks_read(kind, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(flex, "_kernel", lambda: flex.flex_attention)
+        monkeypatch.setattr(flex, "STEP", 128)
+    model, ids = model_of(kind), ids_of(2, 150)
+    plan = plan_for(model)
+    used = []
+    monkeypatch.setattr(flex, "_block_mask", lambda *args, make=flex._block_mask: used.append(args) or make(*args))
+    with torch.no_grad():
+        wanted = apply_plan(model, plan)(ids, use_cache=False).logits
+        written = model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert not used
+        apply_plan(model, plan, prefill="flex")
+        torch.testing.assert_close(model(ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert len(used) == sum(rules is not None for rules in plan.rules)
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), written)
+        assert len(used) == 2 * sum(rules is not None for rules in plan.rules), "the tokens behind the text are read one by one"
+    with pytest.raises(InputError, match="prefill='felx' is unknown. Did you mean 'flex'"):
+        apply_plan(model, plan, prefill="felx")
