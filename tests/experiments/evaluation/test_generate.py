@@ -5,7 +5,7 @@ import pytest
 from fulgurite.experiments.evaluation.code_execution import Limits, run_code
 from fulgurite.experiments.evaluation.templates import TEMPLATES, template
 from fulgurite.experiments.main import main
-from fulgurite.modules.spans import SpanPlan, SpanRule
+from fulgurite.modules.spans import SpanPlan, SpanRule, runtime
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 
 
@@ -30,14 +30,16 @@ def test_text_is_streamed(model, capsys):
     assert once
 
 
-def test_spans_of_a_folder_are_used_and_said(model, capsys, caplog):
+def test_spans_of_a_folder_are_used_and_said(model, monkeypatch, caplog):
     words = ["generate", "--model", model, "--prompt", "sand and glass and lightning", "--max_new_tokens", "16"]
+    made = []
+    monkeypatch.setattr(runtime, "SpanCache", lambda *args, make=runtime.SpanCache: made.append(make(*args)) or made[-1])
     main(words)
-    dense = capsys.readouterr().out
+    assert not made
     SpanPlan.same(SpanRule(3), tiny_model().config, sink=1).save(Path(model))
     main(words)
     assert "Attention spans of the model's folder: 0 % of the cache at 4096 tokens" in caplog.text
-    assert capsys.readouterr().out != dense
+    assert made[0].nbytes() == 4 * 2 * 2 * 4 * 8 * 2, "layers, keys and values, heads, slots, size, bytes of bfloat16"
 
 
 def test_code_keeps_the_function_and_is_run_on_the_flag_alone(model, capsys, monkeypatch):
