@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from fulgurite.callbacks import ExportPretrained
 from fulgurite.datamodules import SelfGeneratedCalibration, TextDataModule
@@ -163,3 +164,20 @@ def test_a_model_whose_attention_cannot_be_hooked_is_refused(tmp_path):
     module = SpanPruning(str(tmp_path))
     with pytest.raises(InputError, match=r"has an attention that cannot be given spans. Legal: models of the kinds Llama, Qwen2"):
         module.configure_model()
+
+
+def test_two_processes_share_the_work_and_make_the_same_plan(tmp_path, long_documents, monkeypatch):
+    def exported(name, **settings):
+        monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / name / "cache"))
+        seed_everything(0)
+        data = calibration(long_documents, answer_weights="float32", answer_batch_size=1)
+        trainer(tmp_path / name, callbacks=[ExportPretrained(str(tmp_path / name / "export"))], **settings).fit(pruning(), data)
+        return json.loads((tmp_path / name / "export/span_plan.json").read_text())
+
+    two = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    shared = exported("shared", strategy=two, devices=2)
+    files = sorted(path.name.split("-")[0] for path in (tmp_path / "shared/cache/answers").glob("*/*.jsonl"))
+    assert set(files) == {"0", "1"}, "each process wrote answers"
+    alone = exported("alone")
+    assert shared["rules"] == alone["rules"]
+    assert shared["notes"]["validation"] == pytest.approx(alone["notes"]["validation"], abs=1e-4)
