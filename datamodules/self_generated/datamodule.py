@@ -9,16 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import nearest
-from ...modules.pretrained import Dtype, load_config, load_model, resolve_source
+from ...modules.pretrained import Dtype, load_config, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
 from ..base import TokenDataModule
-from ..documents import DataError, check_documents, read_documents, read_rows
+from ..documents import DataError, check_documents, read_documents
 from .answers import Answer, AnswerCache, AnswerSettings, perplexities
-from .prompts import KINDS, Filler, Kind, Prompt, PromptForm, pieces, question, retrieval, summary
+from .examples import CalibrationExample, CalibrationExamples, log_samples
+from .prompts import KINDS, Kind, Prompt, PromptForm, question, retrieval, summary
+from .texts import Filler, pieces, read_questions
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class SelfGeneratedCalibration(TokenDataModule):
         temperature: 0 takes the likeliest token; above, answers are drawn.
         top_p: Answers are drawn from the smallest set with this probability mass, in (0, 1].
         cut_answers: What is done with an answer that ``answer_tokens`` cut off: ``keep`` or ``drop``.
-        max_perplexity: Leave out answers that have a higher perplexity under the model; None takes all.
+        max_perplexity: Leave out answers of a higher perplexity under the model that answers; None takes all.
         chat: Ask through the tokenizer's chat template; None does where there is one, else in plain text.
         answer_batch_size: Prompts that are answered together.
         answer_weights: Type of the answering model's weights in memory.
@@ -184,12 +183,21 @@ class SelfGeneratedCalibration(TokenDataModule):
             texts = self._split(documents)
             if not texts[0]:
                 raise DataError(f"documents={self.documents!r} holds no text. Give a source with more documents.")
-        questions = self._split(self._questions())
+        asked_all: list[tuple[str, str | None]] = []
+        if self.questions is not None:
+            human = self.supervision == "human"
+            asked_all = read_questions(self.questions, self.question_field, self.answer_field, answers=human)
+        questions = self._split(sorted(asked_all, key=_digest))
         model: PreTrainedModel | None = None
         if self.supervision == "own" or self.max_perplexity is not None:
             if source is None:
                 raise DataError(
                     "answers_from=None: name the model that answers, or use the data with one of the suite's systems."
+                )
+            if tokenizer_fingerprint(load_tokenizer(source)) != tokenizer_fingerprint(self.tokenizer):
+                raise DataError(
+                    f"answers_from={source!r} has another tokenizer than the model that is trained: its answers would be other "
+                    "tokens. Name a model with the same tokenizer."
                 )
             model = self._load(source)
         splits: list[list[CalibrationExample]] = []
@@ -212,7 +220,8 @@ class SelfGeneratedCalibration(TokenDataModule):
         self.train_set = CalibrationExamples(splits[0])
         self.val_set = CalibrationExamples(splits[1]) if splits[1] else None
         self.predict_set = self.val_set or self.train_set
-        self._show(splits[0])
+        if self._world[0] == 0:
+            log_samples(splits[0], self.tokenizer, self.show)
 
     def _split(self, items: list) -> list[list]:
         held_out = 0
@@ -225,33 +234,18 @@ class SelfGeneratedCalibration(TokenDataModule):
             held_out = min(max(round(len(items) * share), 1), len(items) - 1)
         return [items[held_out:], items[:held_out]]
 
-    def _questions(self) -> list[tuple[str, str | None]]:
-        if self.questions is None:
-            return []
-        found = {}
-        for number, row in enumerate(read_rows(self.questions), 1):
-            asked = row.get(self.question_field)
-            asked = asked[0] if isinstance(asked, list) and asked else asked
-            answer = row.get(self.answer_field)
-            wrong = "question_field" if not isinstance(asked, str) else None
-            if self.supervision == "human" and not isinstance(answer, str):
-                wrong = wrong or "answer_field"
-            if wrong is not None:
-                column = getattr(self, wrong)
-                raise DataError(f"{self.questions}, row {number}: no text in {wrong}={column!r}.{nearest(column, map(str, row))}")
-            found[str(asked)] = answer if isinstance(answer, str) else None
-        return sorted(found.items(), key=_digest)
-
     def _load(self, source: str) -> PreTrainedModel:
         model = load_model(source, self.answer_weights)
         return model if self.trainer is None else model.to(self.trainer.strategy.root_device)  # type: ignore[arg-type]
 
-    def _cache(self, model: PreTrainedModel, prompts: list[list[int]], settings: AnswerSettings) -> dict[int, Answer]:
+    def _cache(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: AnswerSettings
+    ) -> dict[int, Answer]:
         """Return all answers of a model; what is missing is written, each process its share."""
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        ends = ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]
+        ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
         cache = AnswerCache(
-            model, prompts, settings, sorted({end for end in ends if end is not None}), self.tokenizer.pad_token_id or 0
+            model, prompts, settings, sorted({end for end in ends if end is not None}), tokenizer.pad_token_id or 0
         )
         rank, world = self._world
         cache.write(rank, world)
@@ -268,14 +262,13 @@ class SelfGeneratedCalibration(TokenDataModule):
                 f"documents={self.documents!r} has {len(documents)} documents to go on from; {count} are needed. Give more "
                 "documents, fewer examples, or shorter lengths."
             )
-        coded = self.tokenizer(documents[:count], verbose=False).input_ids
-        openings = [ids[:_OPENING] for ids in coded]
-        same = model is not None and self.documents_from == self.answering_model
-        writer = model if same and model is not None else self._load(self.documents_from)
+        tokenizer = load_tokenizer(self.documents_from)
+        openings = [ids[:_OPENING] for ids in tokenizer(documents[:count], verbose=False).input_ids]
+        writer = model if model is not None and self.documents_from == self.answering_model else self._load(self.documents_from)
         settings = AnswerSettings(_WRITTEN, min_tokens=_WRITTEN // 2, temperature=0.8, top_p=0.95, seed=self.seed)
-        written = self._cache(writer, openings, settings)
-        decode = self.tokenizer.decode
-        return [str(decode([*opening, *written[index].ids], skip_special_tokens=True)) for index, opening in enumerate(openings)]
+        written = self._cache(writer, tokenizer, openings, settings)
+        whole = [[*opening, *written[index].ids] for index, opening in enumerate(openings)]
+        return [str(text) for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
 
     def _prompts(
         self, form: PromptForm, filler: Filler, asked: list, lengths: list[int], count: int, generator: random.Random
@@ -296,13 +289,13 @@ class SelfGeneratedCalibration(TokenDataModule):
                     prompts.append(one)
         return prompts
 
-    def _examples(self, form: PromptForm, prompts: list[Prompt], model: PreTrainedModel | None) -> list["CalibrationExample"]:
+    def _examples(self, form: PromptForm, prompts: list[Prompt], model: PreTrainedModel | None) -> list[CalibrationExample]:
         ids = [form.ids(prompt.text) for prompt in prompts]
         if self.supervision == "human":
             answers = [Answer(tuple(form.answer_ids(prompt.text, prompt.answer or "")), False) for prompt in prompts]
         else:
             assert model is not None
-            found = self._cache(model, ids, self.answer_settings)
+            found = self._cache(model, self.tokenizer, ids, self.answer_settings)
             answers = [found[index] for index in range(len(prompts))]
         special = set(self.tokenizer.all_special_ids)
         fates: Counter[str] = Counter()
@@ -315,8 +308,7 @@ class SelfGeneratedCalibration(TokenDataModule):
                 kept.append(CalibrationExample(prompt.kind, prompt.length, tuple(head) + answer.ids, len(head)))
         if self.max_perplexity is not None and kept:
             assert model is not None
-            pairs = [(example.ids[: example.answer_start], example.ids[example.answer_start :]) for example in kept]
-            measured = perplexities(model, pairs)
+            measured = perplexities(model, [(example.prompt, example.answer) for example in kept])
             fates["of a higher perplexity"] = sum(value > self.max_perplexity for value in measured)
             kept = [example for example, value in zip(kept, measured) if value <= self.max_perplexity]
         left_out = ", ".join(f"{number} {fate}" for fate, number in fates.items() if fate and number)
@@ -339,66 +331,13 @@ class SelfGeneratedCalibration(TokenDataModule):
                 f"{source} takes {most}. Lower them."
             )
 
-    def _text(self, filler: Filler, length: int) -> "CalibrationExample":
+    def _text(self, filler: Filler, length: int) -> CalibrationExample:
         ids = self.tokenizer(filler.take(length), verbose=False).input_ids[:length]
         return CalibrationExample("text", length, tuple(ids), 1)
-
-    def _show(self, examples: list["CalibrationExample"]) -> None:
-        if self._world[0]:
-            return
-        tokens = sum(len(example.ids) - example.answer_start for example in examples)
-        log.info("Calibration: %d examples, %d tokens with loss", len(examples), tokens)
-        for example in examples[:: max(len(examples) // self.show, 1)][: self.show] if self.show else []:
-            prompt, answer = list(example.ids[: example.answer_start]), list(example.ids[example.answer_start :])
-            start, end = (self.tokenizer.decode(part) for part in (prompt[:40], prompt[-40:]))
-            log.info(
-                "%s, %d tokens: %r ... %r\n  -> %r", example.kind, len(prompt), start, end, self.tokenizer.decode(answer[:80])
-            )
 
     def hashes(self) -> dict[str, str]:
         """Return the hash of the examples and the tokenizer's fingerprint."""
         return {**super().hashes(), "calibration": self._content}
-
-
-class CalibrationExample:
-    """A prompt with its answer.
-
-    Args:
-        kind: What was asked, or ``text``.
-        length: Length level in tokens; 0 where it has none.
-        ids: Tokens of prompt and answer.
-        answer_start: Where the answer begins; everything from there on carries loss.
-    """
-
-    def __init__(self, kind: str, length: int, ids: tuple[int, ...], answer_start: int) -> None:
-        self.kind, self.length, self.ids, self.answer_start = kind, length, ids, answer_start
-
-
-class CalibrationExamples(Dataset):
-    """Examples as tensors.
-
-    Args:
-        examples: What ``items`` holds.
-    """
-
-    def __init__(self, examples: list[CalibrationExample]) -> None:
-        self.items = examples
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return ``input_ids``, ``labels`` (-100 before the answer), ``position_ids``, int64 [tokens], and ``length``."""
-        example = self.items[index]
-        ids = torch.tensor(example.ids)
-        labels = ids.clone()
-        labels[: example.answer_start] = -100
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "position_ids": torch.arange(len(ids)),
-            "length": torch.tensor(example.length),
-        }
 
 
 def _digest(value: Any) -> str:

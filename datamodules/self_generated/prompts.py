@@ -1,13 +1,13 @@
 """Prompts for calibration and for long-context tests: documents to summarise, questions, and keys hidden in a text."""
 
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ..documents import DataError
+from .texts import Filler
 
 Kind = Literal["summary", "question", "retrieval"]
 KINDS: tuple[Kind, ...] = ("summary", "question", "retrieval")
@@ -71,51 +71,6 @@ class PromptForm:
         apart = answer if text[-1:].isspace() or self.chat else f" {answer}"
         end = self.tokenizer.eos_token_id
         return [*self.tokenizer(apart, add_special_tokens=False).input_ids, *([] if end is None else [end])]
-
-
-def pieces(documents: Iterable[str], size: int = 6000) -> Iterator[str]:
-    """Yield documents, those of more than twice ``size`` characters cut at the ends of lines into pieces of about that size."""
-    for document in documents:
-        start = 0
-        while len(document) - start > 2 * size:
-            end = document.find("\n", start + size, start + 2 * size) + 1 or start + 2 * size
-            yield document[start:end]
-            start = end
-        yield document[start:]
-
-
-class Filler:
-    """Text of a wanted number of tokens, taken from documents one after another; none is used twice.
-
-    Args:
-        documents: In the order of use.
-        tokenizer: That counts the tokens.
-        parameter: The parameter that named the documents, for the message.
-    """
-
-    def __init__(self, documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, parameter: str = "documents") -> None:
-        self.documents, self.tokenizer, self.parameter = documents, tokenizer, parameter
-
-    def take(self, tokens: int) -> str:
-        """Return text of this many tokens.
-
-        Raises:
-            DataError: If the documents are used up.
-        """
-        pieces: list[str] = []
-        missing = tokens
-        while missing > 0:
-            document = next(self.documents, None)
-            if document is None:
-                raise DataError(
-                    f"{self.parameter}: the documents are too few for the prompts asked for. Give more text, fewer examples, or "
-                    "shorter lengths."
-                )
-            coded = self.tokenizer(document.strip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ends = coded["offset_mapping"]
-            pieces.append(document.strip()[: ends[missing - 1][1]] if len(ends) > missing else document.strip())
-            missing -= len(ends) + 1  # the newline between
-        return "\n".join(pieces)
 
 
 def summary(form: PromptForm, filler: Filler, length: int) -> Prompt:

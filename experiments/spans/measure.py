@@ -15,7 +15,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...datamodules import SelfGeneratedCalibration
 from ...datamodules.documents import read_documents
-from ...datamodules.self_generated.prompts import Filler, PromptForm, pieces, retrieval
+from ...datamodules.self_generated.prompts import PromptForm, retrieval
+from ...datamodules.self_generated.texts import Filler, pieces
 from ...modules.pretrained import Dtype, load_model, load_tokenizer
 from ...modules.spans import CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
 from ...modules.spans.ablation import ablate

@@ -9,10 +9,11 @@ import torch
 from fulgurite.datamodules import SelfGeneratedCalibration
 from fulgurite.datamodules.self_generated import datamodule as module
 from fulgurite.datamodules.self_generated.answers import AnswerCache, AnswerSettings, perplexities
-from fulgurite.datamodules.self_generated.prompts import Filler, PromptForm, pieces, retrieval, summary
+from fulgurite.datamodules.self_generated.prompts import PromptForm, retrieval, summary
+from fulgurite.datamodules.self_generated.texts import Filler, pieces
 from fulgurite.errors import InputError
 from fulgurite.modules.pretrained import load_model
-from fulgurite.modules.tiny import tiny_tokenizer
+from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 from tests.conftest import prose
 
 
@@ -227,3 +228,16 @@ def test_bad_rows_are_refused(documents, questions):
         made(documents, questions=questions, answer_field="said", supervision="human")
     with pytest.raises(InputError, match="has 8 questions for 50 examples|has .* questions for 50 examples"):
         made(None, questions=questions, examples=50)
+
+
+def test_a_model_with_another_tokenizer_cannot_answer_but_may_write(documents, tmp_path, monkeypatch):
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    tokenizer.add_tokens(["lightning"])
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="has another tokenizer than the model that is trained"):
+        made(documents, answers_from=str(tmp_path / "other"))
+    monkeypatch.setattr(module, "_WRITTEN", 160)
+    data = made(documents, documents_from=str(tmp_path / "other"), kinds=["summary"], examples=1, lengths=[250])
+    assert len(data.train_set) == 1
