@@ -175,7 +175,12 @@ class SpanLayer(CacheLayerMixin):
 
     def __init__(self, rules: tuple[SpanRule, ...], sink: int, book: Book) -> None:
         super().__init__()
-        self.rules, self.groups, self.sink, self.book = rules, groups_of(rules), sink, book
+        self.rules, self.sink, self.book = rules, sink, book
+        # Neighbours are a slice, which copies nothing.
+        self.groups = {
+            rule: slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
+            for rule, heads in groups_of(rules).items()
+        }
         self.memory: dict[SpanRule, tuple[Tensor, Tensor]] = {}  # keys and values [batch, heads of the rule, capacity, size]
         self.seen = 0
         self._new: tuple[Tensor, Tensor] | None = None
@@ -210,9 +215,8 @@ class SpanLayer(CacheLayerMixin):
         new = self.book.positions(self.seen, count, mask)
         whole = flex and self.seen == 0 and mask is None and count > 1
         out = attend_flex(query, keys, values, self.rules, self.sink, scaling) if whole else torch.empty_like(query)
-        for rule, heads in self.groups.items():
+        for rule, mine in self.groups.items():
             turn = self.book.slots[rule].advance(self.seen, new, self.book.tokens)
-            mine = slice(None) if len(heads) == keys.shape[1] else heads
             key, value = keys[:, mine], values[:, mine]
             if turn.slots is not None:
                 out[:, mine] = self._one(rule, turn, query[:, mine], key, value, scaling)
