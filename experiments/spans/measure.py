@@ -18,11 +18,13 @@ from ...datamodules.documents import read_documents
 from ...datamodules.self_generated.prompts import PromptForm, retrieval
 from ...datamodules.self_generated.texts import Filler, pieces
 from ...modules.pretrained import Dtype, load_model, load_tokenizer
-from ...modules.spans import CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
+from ...modules.spans import Budget, CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
 from ...modules.spans.ablation import ablate
 from ...modules.spans.fidelity import Fidelity, answer_log_probabilities, fidelity
+from ...modules.spans.influence import FORMS, influences
 from ...modules.spans.measurements import Answered, answered
 from ...modules.spans.rules import SpanRule
+from ...modules.spans.solver import pareto_plans
 
 _SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _KEYS = 4  # of the prompts with several
@@ -177,6 +179,35 @@ def ranking(
         "rank_correlation": float(spearmanr(ours, truth).statistic),
         "worst_ten_in_first_twenty": float(len(worst & first)),
     }
+
+
+def profiling(*, seed: int, source: str, length: int, texts: int, density: float) -> dict[str, float]:
+    """Time the profile of texts and the planning behind it.
+
+    Args:
+        seed: Of the texts' random tokens, on which time does not depend.
+        source: Of the model.
+        length: Tokens of a text.
+        texts: How many are profiled.
+        density: Share of the cache that is planned for.
+
+    Returns:
+        ``length``; ``profile_seconds``, the median of a text; ``plan_seconds``, for all plans of the front.
+    """
+    loaded, candidates = load_model(source), CandidateRules()
+    generator = torch.Generator().manual_seed(seed)
+    rules, seconds, found = candidates.rules(), [], {}
+    for number in track(range(texts), description=f"Profiling {length} tokens"):
+        ids = torch.randint(0, int(loaded.config.vocab_size), (length,), generator=generator)
+        begin = time.perf_counter()
+        values = influences(loaded, ids, length - 32, rules, sink=candidates.sink)
+        seconds.append(time.perf_counter() - begin)
+        # Each text stands for a length level, so that there is a front to plan.
+        found[length >> number] = values[1, FORMS.index("net")].clip(min=0)
+    begin = time.perf_counter()
+    pareto_plans(found, rules, Budget(density, tuple(found), candidates), loaded.config)
+    planned = time.perf_counter() - begin
+    return {"length": float(length), "profile_seconds": statistics.median(seconds), "plan_seconds": planned}
 
 
 @torch.no_grad()

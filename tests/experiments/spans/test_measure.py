@@ -107,3 +107,9 @@ def test_documents_come_again_in_another_order(documents):
     again = [next(texts) for _ in range(20)]
     assert sorted(first) == sorted(again)
     assert first != again
+
+
+def test_profiling_is_timed():
+    given = measure.profiling(seed=0, source="random:tiny", length=400, texts=2, density=0.5)
+    assert set(given) == {"length", "profile_seconds", "plan_seconds"}
+    assert all(value > 0 for value in given.values())
