@@ -203,7 +203,7 @@ def profiling(*, seed: int, source: str, length: int, texts: int, density: float
         values = influences(loaded, ids, length - 32, rules, sink=candidates.sink)
         seconds.append(time.perf_counter() - begin)
         # Each text stands for a length level, so that there is a front to plan.
-        found[length >> number] = values[1, FORMS.index("net")].clip(min=0)
+        found[length - number] = values[1, FORMS.index("net")].clip(min=0)
     begin = time.perf_counter()
     pareto_plans(found, rules, Budget(density, tuple(found), candidates), loaded.config)
     planned = time.perf_counter() - begin
