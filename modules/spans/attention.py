@@ -13,8 +13,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ...errors import InputError
 from .cache import SpanLayer
 from .flex import attend_flex
-from .rules import SpanRule, groups_of
-from .windows import HIDDEN, attend_in_blocks
+from .rules import SpanRule
+from .windows import HIDDEN, attend_with_rules
 
 NAME = "fulgurite_spans"
 _SUPPORTED = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention", "MistralAttention")
@@ -98,24 +98,19 @@ def span_attention(
         out = attend_flex(grouped, key, value, rules, module.span_sink, scaling)  # type: ignore[arg-type]
     else:
         queries, keys, also = _positions(key.shape[2], count, attention_mask, position_ids, query.device)
-        pieces = []
-        for rule, mine in groups_of(rules).items():
-            part = attend_in_blocks(
-                grouped[:, mine],
-                key[:, mine],
-                value[:, mine],
-                rule,
-                module.span_sink,  # type: ignore[arg-type]
-                scaling,
-                queries=queries,
-                keys=keys,
-                ordered=also is None,
-                dropout=dropout,
-                also=also,
-            )
-            pieces.append((mine, part))
-        order = torch.tensor([head for mine, _ in pieces for head in mine], device=query.device).argsort()
-        out = torch.cat([part for _, part in pieces], dim=1)[:, order]
+        out = attend_with_rules(
+            grouped,
+            key,
+            value,
+            rules,
+            module.span_sink,  # type: ignore[arg-type]
+            scaling,
+            queries=queries,
+            keys=keys,
+            ordered=also is None,
+            dropout=dropout,
+            also=also,
+        )
     return out.reshape(batch, heads, count, size).transpose(1, 2).contiguous(), None
 
 

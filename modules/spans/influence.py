@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from ..pretrained import head_weight
 from .measurements import Loss
 from .probe import frozen, probed
-from .rules import SpanRule
-from .windows import spans_at
+from .rules import SpanPlan, SpanRule
+from .windows import attend_with_rules, spans_at
 
 Form = Literal["published", "net", "absolute"]
 Rows = Literal["answer", "all"]
@@ -113,7 +113,14 @@ class _Sums:
 
 
 def influences(
-    model: PreTrainedModel, ids: Tensor, answer_start: int, rules: Sequence[SpanRule], *, sink: int, loss: Loss = "margin"
+    model: PreTrainedModel,
+    ids: Tensor,
+    answer_start: int,
+    rules: Sequence[SpanRule],
+    *,
+    sink: int,
+    loss: Loss = "margin",
+    plan: SpanPlan | None = None,
 ) -> np.ndarray:
     """Return what each head would cost the answer of a text if it had each rule, in all forms and for both sets of rows.
 
@@ -126,6 +133,8 @@ def influences(
         rules: Candidates.
         sink: First positions that are always seen.
         loss: ``margin`` or ``cross_entropy``, its mean over the answer's tokens.
+        plan: Spans that the heads have while gradients are taken; None takes them of the dense model. The costs are compared
+            with the whole text either way.
 
     Returns:
         float64 [rows (see ``ROWS``), forms (see ``FORMS``), layers, key/value heads, rules]; layers with their own window are 0.
@@ -135,6 +144,13 @@ def influences(
     ids = ids.to(model.device)[None]
 
     def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, out: Tensor) -> Tensor:
+        if plan is not None:
+            own = plan.rules[layer]
+            assert own is not None
+            places = torch.arange(key.shape[2], device=key.device)[None]
+            grouped = query.unflatten(1, (len(own), -1))
+            out = attend_with_rules(grouped, key, value, own, plan.sink, scaling, queries=places, keys=places, ordered=True)
+            out = out.flatten(1, 2).transpose(1, 2)
         return _ReadGradient.apply(out, query, key, value, scaling, sums, layer)
 
     with torch.enable_grad(), probed(model, probe), frozen(model, checkpointed=ids.shape[1] > _CHECKPOINTED):

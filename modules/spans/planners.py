@@ -46,19 +46,32 @@ class Influence(SpanPlanner):
         form: How the effects of dropped keys are summed: ``net``, ``absolute`` or ``published``.
         rows: Rows of the attention maps that count: those of the ``answer``, or ``all``.
         loss: What the influence is upon: the answer's ``margin`` or ``cross_entropy``.
+        rounds: How often the model is profiled again with the spans found so far; each time costs are the mean of those at the
+            dense model and those at the plan, and the plans of all rounds are there to choose from.
+
+    Raises:
+        InputError: If ``rounds`` is below 0.
     """
 
-    def __init__(self, *, form: Form = "net", rows: Rows = "all", loss: Loss = "margin") -> None:
+    def __init__(self, *, form: Form = "net", rows: Rows = "all", loss: Loss = "margin", rounds: int = 0) -> None:
+        if rounds < 0:
+            raise InputError(f"rounds={rounds} is below 0. Legal: 0 or more.")
         self.form: Form = form
         self.rows: Rows = rows
         self.loss: Loss = loss
+        self.rounds = rounds
 
     def plans(
         self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
     ) -> list[SpanPlan]:
-        """Return the plans that are best for some mixture of length levels."""
-        profile = SpanProfiler(budget.candidates, loss=self.loss).profile(model, texts, processes)
-        return pareto_plans(profile.costs(self.form, self.rows), profile.rules, budget, model.config)
+        """Return the plans that are best for some mixture of length levels, those of the last round first."""
+        profiler = SpanProfiler(budget.candidates, loss=self.loss)
+        dense = profiler.profile(model, texts, processes)
+        plans = pareto_plans(dense.costs(self.form, self.rows), dense.rules, budget, model.config)
+        for _ in range(self.rounds):
+            between = dense.halfway(profiler.profile(model, texts, processes, plan=plans[0]))
+            plans = [*pareto_plans(between.costs(self.form, self.rows), dense.rules, budget, model.config), *plans]
+        return plans
 
 
 class LongOrShort(SpanPlanner):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from .influence import FORMS, ROWS, Form, Rows, influences
 from .measurements import ALONE, Answered, Loss, Processes, measure
-from .rules import DENSE, SpanRule
+from .rules import DENSE, SpanPlan, SpanRule
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class SpanProfile:
     lengths: list[int]
     values: np.ndarray
 
+    def halfway(self, other: "SpanProfile") -> "SpanProfile":
+        """Return the mean of two profiles of the same texts, of the dense model and of a plan.
+
+        The first order holds for small steps. A mean over both ends of the way from one to the other is closer to its whole.
+        """
+        return SpanProfile(self.rules, self.lengths, (self.values + other.values) / 2)
+
     def costs(self, form: Form, rows: Rows) -> dict[int, np.ndarray]:
         """Return the mean cost at each length level [layers, key/value heads, rules], 0 or more.
 
@@ -87,19 +94,32 @@ class SpanProfiler:
         candidates.check()
         self.candidates, self.loss = candidates, loss
 
-    def profile(self, model: PreTrainedModel, texts: Sequence[Answered], processes: Processes = ALONE) -> SpanProfile:
+    def profile(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[Answered],
+        processes: Processes = ALONE,
+        *,
+        plan: SpanPlan | None = None,
+    ) -> SpanProfile:
         """Return the profile of a dense model, in evaluation mode, on texts with its own answers.
 
         Args:
             model: The model.
             texts: The texts.
             processes: Each takes its share of the texts.
+            plan: Spans that the heads have while gradients are taken; None takes them of the dense model.
         """
         rules, sink = self.candidates.rules(), self.candidates.sink
 
         def one(text: Answered) -> np.ndarray:
-            return influences(model, text.ids, text.answer_start, rules, sink=sink, loss=self.loss)
+            return influences(model, text.ids, text.answer_start, rules, sink=sink, loss=self.loss, plan=plan)
 
-        settings = [[[rule.alpha, rule.beta] for rule in rules], sink, self.loss]
+        settings = [
+            [[rule.alpha, rule.beta] for rule in rules],
+            sink,
+            self.loss,
+            None if plan is None else plan.to_json()["rules"],
+        ]
         values = measure(model, "profile", settings, texts, one, processes)
         return SpanProfile(rules, [text.length for text in texts], values)

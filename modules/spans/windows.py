@@ -1,12 +1,13 @@
 """Attention in which each key/value head sees what its rule says: the mask, and its computation in blocks of queries."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .rules import SpanRule
+from .rules import SpanRule, groups_of
 
 HIDDEN = -(1 << 40)  # position of padding, and of a slot that holds nothing
 BLOCK = 256  # queries whose mask exists at the same time
@@ -61,6 +62,32 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, sc
         query.reshape(batch, heads, group * count, size), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
     return out.view(batch, heads, group, count, size)
+
+
+def attend_with_rules(
+    query: Tensor, key: Tensor, value: Tensor, rules: Sequence[SpanRule], sink: int, scaling: float, **settings: Any
+) -> Tensor:
+    """Attend as the rules of several heads say, those with the same rule together.
+
+    Args:
+        query: [batch, key/value heads, group, queries, size].
+        key: [batch, key/value heads, keys, size].
+        value: As the keys.
+        rules: Of the key/value heads.
+        sink: First positions that are always seen.
+        scaling: Of the scores.
+        settings: For ``attend_in_blocks``.
+
+    Returns:
+        The shape of the query.
+    """
+    groups = groups_of(rules)
+    parts = [
+        attend_in_blocks(query[:, mine], key[:, mine], value[:, mine], rule, sink, scaling, **settings)
+        for rule, mine in groups.items()
+    ]
+    order = torch.tensor([head for mine in groups.values() for head in mine], device=query.device).argsort()
+    return torch.cat(parts, dim=1)[:, order]
 
 
 def attend_in_blocks(

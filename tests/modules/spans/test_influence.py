@@ -86,6 +86,17 @@ def test_checkpointed_layers_give_the_same(monkeypatch):
     assert not any(part.training for part in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_gradients_are_taken_with_the_spans_of_a_plan(kind):
+    model, ids = model_of(kind), ids_of(1, LENGTH)[0]
+    whole = SpanPlan.same(DENSE, model.config, sink=SINK)
+    dense = influences(model, ids, START, RULES, sink=SINK)
+    np.testing.assert_allclose(influences(model, ids, START, RULES, sink=SINK, plan=whole), dense, rtol=1e-3, atol=1e-5)
+    # In the last layer what a head has itself changes nothing to first order; what all heads before it have does.
+    last = SpanPlan.same(SpanRule(4), model.config, sink=SINK)
+    assert not np.allclose(influences(model, ids, START, RULES, sink=SINK, plan=last), dense, rtol=0.1, atol=1e-3)
+
+
 def test_net_influence_is_the_change_to_first_order():
     # Of a head that hardly matters, the first order is nearly all.
     model, ids = model_of("llama"), ids_of(1, LENGTH)[0]

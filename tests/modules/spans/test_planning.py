@@ -83,6 +83,7 @@ def test_only_plans_that_no_other_beats_are_kept():
         Influence(),
         Influence(form="published", rows="all", loss="cross_entropy"),
         Influence(form="absolute", rows="answer"),
+        Influence(rounds=2),
         Ablation(),
         InductionHeads(tokens=30),
         HeadGates(steps=4),
