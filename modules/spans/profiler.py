@@ -115,11 +115,7 @@ class SpanProfiler:
         def one(text: Answered) -> np.ndarray:
             return influences(model, text.ids, text.answer_start, rules, sink=sink, loss=self.loss, plan=plan)
 
-        settings = [
-            [[rule.alpha, rule.beta] for rule in rules],
-            sink,
-            self.loss,
-            None if plan is None else plan.to_json()["rules"],
-        ]
+        settings = [[[rule.alpha, rule.beta] for rule in rules], sink, self.loss]
+        settings += [] if plan is None else [plan.to_json()["rules"]]
         values = measure(model, "profile", settings, texts, one, processes)
         return SpanProfile(rules, [text.length for text in texts], values)
