@@ -1,5 +1,6 @@
 """Where things are kept and how they are written: the cache folder, and writes that a killed process cannot spoil."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -50,6 +51,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)
+
+
+def digest(value: Any) -> str:
+    """Return 32 hexadecimal digits that name plain JSON, for keys of the cache."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -150,7 +150,10 @@ class LanguageModel(LightningModule):
         self._adopt(model)
 
     def _adopt(self, model: PreTrainedModel) -> None:
+        from .spans.runtime import adopt_plan  # that folder has a module of this kind itself
+
         head_weight(model)
+        adopt_plan(model)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model.train()

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -326,6 +326,14 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def model_identity(model: PreTrainedModel) -> list[Any]:
+    """Return plain JSON that differs for models that compute other numbers: weights, their type, and what the config says."""
+    config = model.config.to_diff_dict()
+    for name in ("span_plan", "dtype", "_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    return [model_fingerprint(model), str(model.dtype), json.loads(json.dumps(config, sort_keys=True, default=str))]
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:

@@ -152,6 +152,7 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
     spec.check(model.config)
     if spec.fresh is not None:
         fields = {**model.config.to_dict(), **spec.fresh}
+        fields.pop("span_plan", None)  # of other heads
         if "layer_types" not in spec.fresh:
             fields.pop("layer_types", None)  # the config class makes it anew for the changed depth
         config = type(model.config).from_dict(fields)
@@ -186,4 +187,6 @@ def keep_layers(model: PreTrainedModel, keep: list[int]) -> None:
     config = model.config.get_text_config()
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in keep]
+    if getattr(model.config, "span_plan", None):  # attention spans, a list of rules for each layer
+        model.config.span_plan["rules"] = [model.config.span_plan["rules"][index] for index in keep]
     config.num_hidden_layers = len(keep)

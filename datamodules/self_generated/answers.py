@@ -1,9 +1,9 @@
 """Answers of a model to many prompts: written in batches of equal length, by several processes, and kept in the cache."""
 
-import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 from rich.progress import Progress, track
 from transformers import PreTrainedModel
 
-from ...files import cache_folder, write_json
+from ...files import cache_folder, digest, write_json
 from ...modules.linear_loss import linear_loss
-from ...modules.pretrained import head_weight, model_fingerprint
+from ...modules.pretrained import head_weight, model_identity
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,16 @@ class AnswerCache:
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: AnswerSettings, ends: Sequence[int], pad: int
     ) -> None:
         self.model, self.prompts, self.settings, self.ends, self.pad = model, prompts, settings, list(ends), pad
-        identity = [model_fingerprint(model), str(model.dtype), asdict(settings), list(map(list, prompts)), self.ends]
-        self.key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-        self.folder: Path = cache_folder("answers", self.key)
+        how = {} if model.generation_config is None else model.generation_config.to_diff_dict()
+        how.pop("transformers_version", None)
+        identity = [model_identity(model), how, asdict(settings), list(map(list, prompts)), self.ends, pad]
+        self.folder: Path = cache_folder("answers", digest(identity))
         by_length = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
         size = settings.batch_size
         self.batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
     def read(self) -> dict[int, Answer]:
-        """Return the answers that are there, by the number of their prompt."""
+        """Return the answers that are there, by the number of their prompt; lines that a kill cut off count as not there."""
         found: dict[int, Answer] = {}
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_text("utf-8").splitlines():
@@ -94,7 +95,8 @@ class AnswerCache:
         if not mine:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{rank}-{os.getpid()}.jsonl", "a", encoding="utf-8") as file, Progress(disable=rank > 0) as bar:
+        name = f"{rank}-{uuid.uuid4().hex[:8]}.jsonl"  # never behind a line that was cut off
+        with open(self.folder / name, "w", encoding="utf-8") as file, Progress(disable=rank > 0) as bar:
             task = bar.add_task("The model answers", total=sum(len(self.batches[number]) for number in mine))
             for number in mine:
                 rows = self._answer(number)
@@ -148,8 +150,7 @@ def perplexities(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Se
         model: Evaluation mode.
         pairs: Ids of the prompt and of its answer.
     """
-    identity = [model_fingerprint(model), str(model.dtype), [[list(prompt), list(answer)] for prompt, answer in pairs]]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    key = digest([model_identity(model), [[list(prompt), list(answer)] for prompt, answer in pairs]])
     file = cache_folder("answers", f"perplexities-{key}.json")
     known: list[float] = json.loads(file.read_text("utf-8")) if file.is_file() else []
     for prompt, answer in track(pairs[len(known) :], description="Perplexity of the answers", disable=len(known) == len(pairs)):

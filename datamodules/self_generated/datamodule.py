@@ -1,16 +1,16 @@
 """Calibration data whose supervision the model itself writes, and the alternatives that it is compared with."""
 
-import hashlib
-import json
 import logging
 import math
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...errors import nearest
+from ...files import digest
 from ...modules.pretrained import Dtype, load_config, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
 from ..base import TokenDataModule
 from ..documents import DataError, check_documents, read_documents
@@ -109,9 +109,13 @@ class SelfGeneratedCalibration(TokenDataModule):
                 resolve_source(source)
                 if supervision != "own" and name == "answers_from":
                     log.warning("answers_from=%r is ignored: supervision is %r, so no model answers.", source, supervision)
+        if supervision not in ("own", "human", "text"):
+            raise DataError(f"supervision={supervision!r} is unknown.{nearest(supervision, ('own', 'human', 'text'))}")
         available = [kind for kind in KINDS if (questions if kind == "question" else documents) is not None]
         self.kinds: list[Kind] = available if kinds is None else list(kinds)
         for kind in self.kinds:
+            if kind not in KINDS:
+                raise DataError(f"kinds: {kind!r} is unknown.{nearest(kind, KINDS)}")
             if kind not in available:
                 source = "questions" if kind == "question" else "documents"
                 legal = ", ".join(available) or "none"
@@ -179,15 +183,18 @@ class SelfGeneratedCalibration(TokenDataModule):
         form = PromptForm(self.tokenizer, self.chat)
         texts: list[list[str]] = [[], []]
         if self.documents is not None:
-            documents = sorted(set(pieces(read_documents(self.documents, self.text_field))), key=_digest)
-            texts = self._split(documents)
-            if not texts[0]:
-                raise DataError(f"documents={self.documents!r} holds no text. Give a source with more documents.")
+            documents = sorted(set(read_documents(self.documents, self.text_field)), key=digest)
+            if not documents:
+                raise DataError(f"documents={self.documents!r} holds no text. Give a source with documents.")
+            if len(documents) == 1 and self.val_examples:
+                log.warning("documents=%r is one document: its last part is held out.", self.documents)
+                documents = list(pieces(documents))
+            texts = [list(pieces(part)) for part in self._split(documents)]
         asked_all: list[tuple[str, str | None]] = []
         if self.questions is not None:
             human = self.supervision == "human"
             asked_all = read_questions(self.questions, self.question_field, self.answer_field, answers=human)
-        questions = self._split(sorted(asked_all, key=_digest))
+        questions = self._split(sorted(asked_all, key=digest))
         model: PreTrainedModel | None = None
         if self.supervision == "own" or self.max_perplexity is not None:
             if source is None:
@@ -216,7 +223,7 @@ class SelfGeneratedCalibration(TokenDataModule):
                 splits.append([self._text(filler, length) for length in lengths for _ in range(count)])
             else:
                 splits.append(self._examples(form, self._prompts(form, filler, asked, lengths, count, generator), model))
-        self._content = _digest([[example.ids, example.answer_start] for split in splits for example in split])
+        self._content = digest([[example.ids, example.answer_start] for split in splits for example in split])
         self.train_set = CalibrationExamples(splits[0])
         self.val_set = CalibrationExamples(splits[1]) if splits[1] else None
         self.predict_set = self.val_set or self.train_set
@@ -232,7 +239,7 @@ class SelfGeneratedCalibration(TokenDataModule):
                 / (self.val_examples * sum(self.val_lengths) + self.examples * sum(self.lengths))
             )
             held_out = min(max(round(len(items) * share), 1), len(items) - 1)
-        return [items[held_out:], items[:held_out]]
+        return [items[: len(items) - held_out], items[len(items) - held_out :]]
 
     def _load(self, source: str) -> PreTrainedModel:
         model = load_model(source, self.answer_weights)
@@ -295,13 +302,26 @@ class SelfGeneratedCalibration(TokenDataModule):
             answers = [Answer(tuple(form.answer_ids(prompt.text, prompt.answer or "")), False) for prompt in prompts]
         else:
             assert model is not None
+            most = getattr(model.config, "max_position_embeddings", None)
+            longest = max(map(len, ids)) + self.answer_settings.max_tokens
+            if most is not None and longest > most:
+                raise DataError(
+                    f"questions={self.questions!r} and answer_tokens make a text of {longest} tokens; the model takes {most}. "
+                    "Leave out long questions, or lower answer_tokens."
+                )
             found = self._cache(model, self.tokenizer, ids, self.answer_settings)
+            missing = len(prompts) - len(found)
+            if missing:
+                raise DataError(
+                    f"{missing} answers are missing: several machines need one cache folder for all. Set FULGURITE_CACHE to one."
+                )
             answers = [found[index] for index in range(len(prompts))]
         special = set(self.tokenizer.all_special_ids)
-        fates: Counter[str] = Counter()
+        cut, fates = 0, Counter[str]()
         kept = []
         for prompt, head, answer in zip(prompts, ids, answers):
             empty = not set(answer.ids) - special
+            cut += answer.cut
             fate = "empty" if empty else "cut off" if answer.cut and self.cut_answers == "drop" else ""
             fates[fate] += 1
             if not fate:
@@ -311,6 +331,9 @@ class SelfGeneratedCalibration(TokenDataModule):
             measured = perplexities(model, [(example.prompt, example.answer) for example in kept])
             fates["of a higher perplexity"] = sum(value > self.max_perplexity for value in measured)
             kept = [example for example, value in zip(kept, measured) if value <= self.max_perplexity]
+        if cut and self.cut_answers == "keep":
+            limit = self.answer_settings.max_tokens
+            log.warning("%d of %d answers are cut off at answer_tokens=%d, and kept.", cut, len(prompts), limit)
         left_out = ", ".join(f"{number} {fate}" for fate, number in fates.items() if fate and number)
         if not kept:
             raise DataError(
@@ -338,7 +361,3 @@ class SelfGeneratedCalibration(TokenDataModule):
     def hashes(self) -> dict[str, str]:
         """Return the hash of the examples and the tokenizer's fingerprint."""
         return {**super().hashes(), "calibration": self._content}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]

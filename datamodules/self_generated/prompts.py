@@ -66,11 +66,17 @@ class PromptForm:
         """Return the tokens of a rendered prompt; a template writes its own first token."""
         return list(self.tokenizer(text, add_special_tokens=not self.chat, verbose=False).input_ids)
 
-    def answer_ids(self, text: str, answer: str) -> list[int]:
-        """Return the tokens of an answer that people wrote behind a prompt, and the end of the turn."""
+    def answer_ids(self, text: str, answer: str, *, end: bool = True) -> list[int]:
+        """Return the tokens of an answer behind a prompt.
+
+        Args:
+            text: The prompt.
+            answer: What people wrote.
+            end: With the end of the turn.
+        """
         apart = answer if text[-1:].isspace() or self.chat else f" {answer}"
-        end = self.tokenizer.eos_token_id
-        return [*self.tokenizer(apart, add_special_tokens=False).input_ids, *([] if end is None else [end])]
+        stop = self.tokenizer.eos_token_id
+        return [*self.tokenizer(apart, add_special_tokens=False).input_ids, *([stop] if end and stop is not None else [])]
 
 
 def summary(form: PromptForm, filler: Filler, length: int) -> Prompt:

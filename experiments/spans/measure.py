@@ -7,20 +7,20 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 
 from ...datamodules import SelfGeneratedCalibration
 from ...datamodules.documents import read_documents
 from ...datamodules.self_generated.prompts import PromptForm, retrieval
 from ...datamodules.self_generated.texts import Filler, pieces
-from ...modules.pretrained import Dtype, load_model, load_tokenizer
+from ...errors import InputError
+from ...modules.pretrained import Dtype, head_weight, load_model, load_tokenizer
 from ...modules.spans import Budget, CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
-from ...modules.spans.ablation import ablate
-from ...modules.spans.fidelity import Fidelity, answer_log_probabilities, fidelity
+from ...modules.spans.ablation import ablate, compare_with_ablation
+from ...modules.spans.fidelity import Fidelity, answer_states, fidelity
 from ...modules.spans.influence import FORMS, influences
 from ...modules.spans.measurements import Answered, answered
 from ...modules.spans.rules import SpanRule
@@ -48,7 +48,7 @@ def passkeys(
     Returns:
         ``metrics``: share of right keys by kind and length, and for each kind the mean over the lengths; ``curves``: by depth.
     """
-    tokenizer, loaded = load_tokenizer(model), load_model(model, weights)
+    tokenizer, loaded = load_tokenizer(model), _loaded(model, weights)
     form = PromptForm(tokenizer)
     metrics: dict[str, float] = {}
     curves: dict[str, list[list[float]]] = {}
@@ -60,7 +60,8 @@ def passkeys(
             for number in track(range(count), description=f"{kind}, {length} tokens"):
                 depth = (number + 0.5) / count
                 prompt = retrieval(form, filler, length, generator, depth=depth, keys=_KEYS if kind == "keys" else 1)
-                right.append([depth, float(_would_write(loaded, tokenizer, form.ids(prompt.text), prompt.answer or ""))])
+                wanted = form.answer_ids(prompt.text, prompt.answer or "", end=False)
+                right.append([depth, float(_would_write(loaded, form.ids(prompt.text), wanted))])
             metrics[f"{kind}_{length}"] = statistics.fmean(value for _, value in right)
             curves[f"{kind}_{length}"] = right
         metrics[kind] = statistics.fmean(metrics[f"{kind}_{length}"] for length in by_length)
@@ -71,14 +72,20 @@ def _texts(kind: str, documents: str, generator: random.Random) -> Iterator[str]
     if kind == "sentences":
         return itertools.repeat(_SENTENCES)
     found = [text for text in pieces(read_documents(documents)) if len(text) > 300]
+    if not found:
+        raise InputError(f"documents={documents!r} has no text of more than 300 characters. Give longer ones.")
     # Where the documents are few, they come again in another order.
     return (text for _ in itertools.count() for text in generator.sample(found, len(found)))
 
 
-def _would_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], answer: str) -> bool:
-    target = tokenizer(answer, add_special_tokens=False).input_ids
-    text = Answered(torch.tensor([*ids, *target]), len(ids), 0)
-    return answer_log_probabilities(model, text).argmax(dim=-1).tolist() == target
+@torch.no_grad()
+def _would_write(model: PreTrainedModel, ids: list[int], answer: list[int]) -> bool:
+    states = answer_states(model, Answered(torch.tensor([*ids, *answer]), len(ids), 0))
+    return (states @ head_weight(model).T).argmax(dim=-1).tolist() == answer
+
+
+def _loaded(source: str, weights: Dtype) -> PreTrainedModel:
+    return load_model(source, weights).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
 
 
 def closeness(
@@ -112,7 +119,7 @@ def closeness(
     )
     data.prepare_data()
     assert data.train_set is not None
-    loaded = load_model(model)
+    loaded = _loaded(model, "float32")
     plan = plan_of(loaded.config)
     assert plan is not None
     remove_plan(loaded)
@@ -151,10 +158,8 @@ def ranking(
     Returns:
         ``rank_correlation`` (Spearman's) and ``worst_ten_in_first_twenty``.
     """
-    from scipy.stats import spearmanr
-
     chosen = Influence(form=form, rows=rows, loss=loss)  # type: ignore[arg-type]
-    loaded, candidates = load_model(source), CandidateRules()
+    loaded, candidates = _loaded(source, "float32"), CandidateRules()
     sets = []
     for part, levels in enumerate((lengths, [min(lengths)])):
         data = SelfGeneratedCalibration(
@@ -172,13 +177,9 @@ def ranking(
         sets.append(answered(data.train_set))
     short = SpanRule(min(candidates.alphas), min(candidates.betas))
     profile = SpanProfiler(candidates, loss=chosen.loss).profile(loaded, sets[0])
-    ours = profile.mean(chosen.form, chosen.rows)[:, :, profile.rules.index(short)].reshape(-1)
-    truth = ablate(loaded, sets[1], short, sink=candidates.sink, loss="margin").mean(axis=0).reshape(-1)
-    worst, first = set(np.argsort(-truth)[:10].tolist()), set(np.argsort(-ours)[:20].tolist())
-    return {
-        "rank_correlation": float(spearmanr(ours, truth).statistic),
-        "worst_ten_in_first_twenty": float(len(worst & first)),
-    }
+    ours = profile.mean(chosen.form, chosen.rows)[:, :, profile.rules.index(short)]
+    changes = ablate(loaded, sets[1], short, sink=candidates.sink, loss="margin")
+    return compare_with_ablation(ours, changes.mean(axis=0))
 
 
 def profiling(*, seed: int, source: str, length: int, texts: int, density: float) -> dict[str, float]:
@@ -194,14 +195,14 @@ def profiling(*, seed: int, source: str, length: int, texts: int, density: float
     Returns:
         ``length``; ``profile_seconds``, the median of a text; ``plan_seconds``, for all plans of the front.
     """
-    loaded, candidates = load_model(source), CandidateRules()
+    loaded, candidates = _loaded(source, "float32"), CandidateRules()
     generator = torch.Generator().manual_seed(seed)
     rules, seconds, found = candidates.rules(), [], {}
     for number in track(range(texts), description=f"Profiling {length} tokens"):
         ids = torch.randint(0, int(loaded.config.vocab_size), (length,), generator=generator)
-        begin = time.perf_counter()
+        begin = _now()
         values = influences(loaded, ids, length - 32, rules, sink=candidates.sink)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(_now() - begin)
         # Each text stands for a length level, so that there is a front to plan.
         found[length - number] = values[1, FORMS.index("net")].clip(min=0)
     begin = time.perf_counter()
@@ -227,9 +228,10 @@ def speed(
 
     Returns:
         For both: ``prefill_seconds``, ``tokens_per_second`` of decoding, ``cache_bytes``, and ``read_bytes``, what a step has to
-        read of weights and cache; the plan's ``planned_bytes``; and how many times faster the spans are (medians of neighbours).
+        read of weights and cache; ``planned_bytes``, the plan's for the layers with spans; and how many times faster the spans
+        are (medians of neighbours).
     """
-    loaded = load_model(model, weights)
+    loaded = _loaded(model, weights)
     plan = plan_of(loaded.config)
     assert plan is not None
     ids = torch.randint(0, int(loaded.config.vocab_size), (batch, context), generator=torch.Generator().manual_seed(seed))
@@ -251,19 +253,28 @@ def speed(
     found["decode_speedup"] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
     found["prefill_speedup"] = statistics.median(b["prefill_seconds"] / a["prefill_seconds"] for a, b in pairs)
     found["roofline_speedup"] = found["dense_read_bytes"] / found["spans_read_bytes"]
-    found["planned_bytes"] = plan.density(context + tokens) * found["dense_cache_bytes"]
+    kept = sum(rule.kept(context + tokens, plan.sink) for rules in plan.rules if rules is not None for rule in rules)
+    config = loaded.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found["planned_bytes"] = float(2 * kept * size * batch * next(loaded.parameters()).element_size())
     return found
 
 
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _run(model: PreTrainedModel, ids: Tensor, tokens: int, cache: Any) -> dict[str, float]:
-    begin = time.perf_counter()
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    read = time.perf_counter()
+    begin = _now()
+    logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    read = _now()
     times = []
     for _ in range(tokens):
-        start = time.perf_counter()
+        start = _now()
         logits = model(input_ids=logits[:, -1:].argmax(dim=-1), past_key_values=cache, use_cache=True).logits
-        times.append(time.perf_counter() - start)
+        times.append(_now() - start)
     if isinstance(cache, SpanCache):
         held = cache.nbytes()
     else:

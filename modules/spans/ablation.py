@@ -41,6 +41,26 @@ def ablate(
     return measure(model, "ablation", settings, texts, lambda text: _changes(model, text, rule, sink, loss), processes)
 
 
+def compare_with_ablation(influence: np.ndarray, changes: np.ndarray) -> dict[str, float]:
+    """Return how well the influence of heads agrees with their ablation.
+
+    Args:
+        influence: Cost of the rule that heads were ablated to [layers, key/value heads].
+        changes: Mean change of the loss in ablation [layers, key/value heads].
+
+    Returns:
+        ``rank_correlation`` (Spearman's), and ``worst_ten_in_first_twenty``: how many of the ten heads whose ablation costs most
+        are among the twenty of the highest influence.
+    """
+    # Imported here: it comes with an extra, and plans are used without it.
+    from scipy.stats import spearmanr
+
+    ours, truth = influence.reshape(-1), changes.reshape(-1)
+    worst, first = set(np.argsort(-truth)[:10].tolist()), set(np.argsort(-ours)[:20].tolist())
+    correlation = float(spearmanr(ours, truth).statistic)
+    return {"rank_correlation": correlation, "worst_ten_in_first_twenty": float(len(worst & first))}
+
+
 @torch.no_grad()
 def _changes(model: PreTrainedModel, text: Answered, rule: SpanRule, sink: int, loss: Loss) -> np.ndarray:
     layers: nn.ModuleList = model.base_model.layers  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """The attention function of a model with spans, for ``transformers``: with a cache, without one, and for training."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ...errors import InputError
 from .cache import SpanLayer
 from .flex import attend_flex
-from .rules import SpanRule
+from .rules import SpanRule, full_layers
 from .windows import HIDDEN, attend_with_rules
 
 NAME = "fulgurite_spans"
@@ -26,13 +27,18 @@ class SpanMask:
 
     Args:
         padding: False for padding, bool [batch, tokens]; None where there is none.
-        full: Makes the usual mask, bool [batch, 1, queries, keys], or None where causality is all.
+        make: Makes the usual mask.
         causal: Whether causality and padding are all that the usual mask says.
     """
 
     padding: Tensor | None
-    full: Callable[[], Tensor | None]
+    make: Callable[[], Tensor | None]
     causal: bool
+
+    @functools.cached_property
+    def full(self) -> Tensor | None:
+        """The usual mask, bool [batch, 1, queries, keys], made for the first layer that wants it; None where causality is all."""
+        return self.make()
 
 
 def span_mask(
@@ -46,12 +52,17 @@ def span_mask(
     **kwargs: Any,
 ) -> SpanMask:
     """Return what ``span_attention`` takes for a mask; the arguments are those of ``transformers``' mask functions."""
+    if int(q_offset) + q_length != kv_offset + kv_length:
+        raise InputError(
+            f"past_key_values: a cache of {kv_length} places for {int(q_offset) + q_length} tokens is a static one, which heads "
+            "with spans cannot use. Leave past_key_values out, or give a SpanCache."
+        )
     padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
 
-    def full() -> Tensor | None:
+    def make() -> Tensor | None:
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
 
-    return SpanMask(padding, full, mask_function is causal_mask_function)
+    return SpanMask(padding, make, mask_function is causal_mask_function)
 
 
 def span_attention(
@@ -81,14 +92,19 @@ def span_attention(
     Returns:
         [batch, queries, heads, size], and no weights.
     """
+    if not isinstance(attention_mask, SpanMask | None):
+        raise InputError(
+            f"attention_mask: a mask of {attention_mask.ndim} dimensions says for all heads alike what they see, and spans do "
+            "not. Give a mask [batch, tokens], or none."
+        )
     rules: tuple[SpanRule, ...] | None = getattr(module, "span_rules", None)
     if rules is None:
-        mask = None if attention_mask is None else attention_mask.full()
+        mask = None if attention_mask is None else attention_mask.full
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[arg-type]
     batch, heads, count, size = query.shape
     grouped = query.view(batch, len(rules), heads // len(rules), count, size)
     padding = None if attention_mask is None else attention_mask.padding
-    flex = getattr(module, "span_prefill", "sdpa") == "flex" and not query.requires_grad and not dropout
+    flex = _is_flex(module, query) and not dropout
     if isinstance(key, SpanLayer):
         out = key.attend(grouped, padding, scaling, flex=flex)
         return out.reshape(batch, heads, count, size).transpose(1, 2).contiguous(), None
@@ -114,13 +130,19 @@ def span_attention(
     return out.reshape(batch, heads, count, size).transpose(1, 2).contiguous(), None
 
 
+def _is_flex(module: nn.Module, query: Tensor) -> bool:
+    wanted = getattr(module, "span_prefill", "auto")
+    automatic = wanted == "auto" and query.is_cuda and query.shape[2] >= 2048
+    return (wanted == "flex" or automatic) and not query.requires_grad
+
+
 def _positions(
     total: int, count: int, mask: SpanMask | None, position_ids: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the positions of queries and keys [rows, tokens], and a mask that must allow a key too, for packed texts."""
     places = torch.arange(total, device=device)[None]
     if mask is not None and not mask.causal and position_ids is not None and count == total:
-        full = mask.full()
+        full = mask.full
         return position_ids, position_ids, None if full is None else full[:, 0]
     if mask is not None and mask.padding is not None:
         places = (mask.padding.long().cumsum(dim=1) - 1).masked_fill(~mask.padding, HIDDEN)
@@ -133,6 +155,11 @@ def attentions(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         InputError: If they are of a kind that spans do not work with.
     """
+    if not any(full_layers(model.config)):
+        raise InputError(
+            f"{type(model).__name__}: every layer has a sliding window of its own, so there is nothing to prune. Use a model "
+            "with layers that attend to the whole text."
+        )
     found = {module.layer_idx: module for module in model.modules() if type(module).__name__ in _SUPPORTED}
     if sorted(found) != list(range(model.config.num_hidden_layers)):  # type: ignore[type-var]
         raise InputError(

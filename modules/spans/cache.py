@@ -89,7 +89,7 @@ class Slots:
             self.positions = np.pad(self.positions, pad, constant_values=HIDDEN)
             visible = np.pad(visible, pad)
             if self.positions.shape[1] > self.capacity:
-                grow = max(8, self.capacity // 64)
+                grow = max(1, self.capacity // 64)
                 if self.rule.beta == 0:  # it grows no further
                     grow = max(1, min(grow, self.sink + self.rule.alpha - self.capacity))
                 self.capacity += grow
@@ -131,6 +131,7 @@ class Book:
         rules = {rule for layer in self._plan.rules if layer is not None for rule in layer}
         self.slots = {rule: Slots(rule, self._plan.sink) for rule in rules}
         self.tokens = np.zeros(1, np.int64)  # that have come, padding left out [rows]
+        self.real = np.ones((1, 0), bool)  # whether each token that has come is none of padding [rows, seen]
         self._new: tuple[int, int, np.ndarray] = (0, 0, np.zeros((1, 0), np.int64))
 
     def positions(self, seen: int, count: int, mask: Tensor | None) -> np.ndarray:
@@ -145,16 +146,28 @@ class Book:
             return self._new[2]
         real = np.ones((len(self.tokens), count), bool)
         if mask is not None:
-            real = mask[:, seen : seen + count].cpu().numpy()
+            whole = mask.cpu().numpy()
+            real = whole[:, seen : seen + count]
+            changed = not np.array_equal(np.broadcast_to(self.real, (len(whole), seen)), whole[:, :seen])
+        else:
+            changed = not self.real.all()
+        if changed:
+            raise InputError(
+                "attention_mask: tokens that came before are masked now, or no longer. A cache of spans has already forgotten "
+                "what they put out of sight. Read the text again with a new cache, without what filled up texts that had ended."
+            )
         places = self.tokens[:, None] + real.cumsum(axis=1)
         self._new = (seen, count, np.where(real, places - 1, HIDDEN))
         self.tokens = places[:, -1]
+        self.real = np.concatenate([np.broadcast_to(self.real, (len(real), seen)), real], axis=1)
         return self._new[2]
 
     def select(self, rows: Tensor) -> None:
         """Take these rows of the batch, in this order."""
         if len(self.tokens) > 1:
             self.tokens = self.tokens[rows.cpu().numpy()]
+        if len(self.real) > 1:
+            self.real = self.real[rows.cpu().numpy()]
         for slots in self.slots.values():
             slots.select(rows)
 

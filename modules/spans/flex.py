@@ -38,7 +38,8 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[SpanR
     # Rows that are too many are dropped, and no other row sees columns behind it.
     query, key, value = (torch.nn.functional.pad(part, (0, 0, 0, more)) for part in (query.flatten(1, 2), key, value))
     mask = _block_mask(tuple(rules), sink, group, count + more, query.device)
-    out = _kernel()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=group > 1)
+    with torch._dynamo.config.patch(recompile_limit=64):  # a shape of text has a kernel of its own
+        out = _kernel()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=group > 1)
     return out[:, :, :count].unflatten(1, (len(rules), group))
 
 

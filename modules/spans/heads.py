@@ -1,6 +1,6 @@
 """Scores that other methods give a head, to tell those that need the whole text from those that do not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def induction_scores(model: PreTrainedModel, *, tokens: int = 512, seed: int = 0
     random = torch.randint(0, int(model.config.vocab_size), (tokens,), generator=torch.Generator().manual_seed(seed))
     rows = torch.arange(tokens, 2 * tokens, device=model.device)
 
-    def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, out: Tensor) -> Tensor:
+    def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, dense: Callable[[], Tensor]) -> Tensor:
         heads = key.shape[1]
         grouped = query[0].unflatten(0, (heads, -1)).float()
         found = torch.zeros(heads, 2, device=key.device)
@@ -47,7 +47,7 @@ def induction_scores(model: PreTrainedModel, *, tokens: int = 512, seed: int = 0
                 looked = weights.gather(-1, place[:, None].expand(*weights.shape[:2], -1, -1)).sum(dim=(2, 3)) / tokens
                 found[:, number] += looked.amax(dim=1)
         scores[layer] = found.amax(dim=1).cpu().numpy()
-        return out
+        return dense()
 
     with probed(model, probe):
         model.base_model(input_ids=torch.cat([random, random])[None].to(model.device), use_cache=False)
@@ -99,11 +99,12 @@ def _train_gates(
     gates = torch.ones(int(model.config.num_hidden_layers), heads, device=model.device, requires_grad=True)
     optimizer = torch.optim.AdamW([gates], lr=learning_rate, weight_decay=0.0)
 
-    def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, out: Tensor) -> Tensor:
+    def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, dense: Callable[[], Tensor]) -> Tensor:
         places = torch.arange(key.shape[2], device=key.device)[None]
         grouped = query.unflatten(1, (heads, -1))
         short = attend_in_blocks(grouped, key, value, rule, sink, scaling, queries=places, keys=places, ordered=True)
         short = short.flatten(1, 2).transpose(1, 2)
+        out = dense()
         share = gates[layer].clamp(0, 1).repeat_interleave(query.shape[1] // heads)[:, None].to(out.dtype)
         return share * out + (1 - share) * short
 

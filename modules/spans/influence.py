@@ -12,7 +12,7 @@ The loss is the cross-entropy of the answer, or its logit margin, which does not
 itself: ``logsumexp`` of the other tokens' logits minus the own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -143,8 +143,10 @@ def influences(
     sums = _Sums(rules, sink, answer_start - 1, shape)
     ids = ids.to(model.device)[None]
 
-    def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, out: Tensor) -> Tensor:
-        if plan is not None:
+    def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, dense: Callable[[], Tensor]) -> Tensor:
+        if plan is None:
+            out = dense()
+        else:
             own = plan.rules[layer]
             assert own is not None
             places = torch.arange(key.shape[2], device=key.device)[None]

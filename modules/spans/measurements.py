@@ -1,24 +1,25 @@
 """Texts with answers, and what is measured on them: once each, kept in the cache, shared out among processes."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from rich.progress import track
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ...errors import InputError
-from ...files import atomic_folder, cache_folder
-from ..pretrained import model_fingerprint
+from ...files import cache_folder, digest, write_atomic
+from ..pretrained import model_identity
 
 Loss = Literal["margin", "cross_entropy"]
+
+Made = TypeVar("Made")
+_VERSION = 1  # of the measurements: with another, what is in the cache is measured again
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,17 @@ class Processes:
         rank: Number of this one.
         size: How many there are.
         barrier: Waits for all of them.
+        broadcast: Returns the first one's value to all.
     """
 
     rank: int = 0
     size: int = 1
     barrier: Callable[[], Any] = lambda: None
+    broadcast: Callable[[Any], Any] = lambda value: value
+
+    def of_first(self, make: Callable[[], Made]) -> Made:
+        """Let the first process make something, and return it to all."""
+        return self.broadcast(make() if self.rank == 0 else None)
 
 
 ALONE = Processes()
@@ -101,22 +108,22 @@ def measure(
     Raises:
         InputError: If a file of the cache is damaged.
     """
-    key = _digest([model_fingerprint(model), str(model.dtype), settings])
-    digests = [_digest([text.ids.tolist(), text.answer_start]) for text in texts]
-    files = [cache_folder("spans", f"{what}-{key}", digest, "values.safetensors") for digest in digests]
+    folder = cache_folder("spans", f"{what}-{digest([_VERSION, model_identity(model), settings])}")
+    files = [folder / f"{digest([text.ids.tolist(), text.answer_start])}.safetensors" for text in texts]
     mine = list(zip(texts, files))[processes.rank :: processes.size]
     missing = [(text, file) for text, file in mine if not file.is_file()]
     for text, file in track(missing, description=what.capitalize(), disable=processes.rank > 0 or not missing):
-        values = compute(text)
-        with atomic_folder(file.parent) as new:
-            save_file({"values": values}, new / file.name)
+        write_atomic(file, save({"values": compute(text)}))
     processes.barrier()
     arrays = []
     for file in files:
         try:
             arrays.append(load_file(file)["values"])
         except (SafetensorError, KeyError, OSError) as error:
-            raise InputError(f"{file} is damaged or missing ({error}). Delete its folder and run again.") from error
+            raise InputError(
+                f"{file} is damaged or missing ({error}). Delete it and run again; several machines need one cache folder for "
+                "all (FULGURITE_CACHE)."
+            ) from error
     return np.stack(arrays)
 
 
@@ -132,7 +139,3 @@ def loss_of(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
     if loss == "margin":
         logits = logits.scatter(-1, targets[:, None], float("-inf"))
     return logits.logsumexp(dim=-1) - own
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]

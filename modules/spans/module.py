@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from ...errors import InputError
@@ -17,13 +18,13 @@ from ..distillation.loss import FullVocabularyTargets
 from ..distillation.teacher import teacher_states
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, linear_loss, shift_labels
-from ..pretrained import Dtype, head_weight, load_config, load_model, model_fingerprint
-from .ablation import ablate
+from ..pretrained import Dtype, head_weight, load_config, load_model
+from .ablation import ablate, compare_with_ablation
 from .attention import attentions
 from .fidelity import fidelity
 from .measurements import Answered, Processes, answered
 from .picture import draw_spans
-from .planners import Influence, SpanPlanner, shortest
+from .planners import Influence, SpanPlanner
 from .profiler import CandidateRules, SpanProfiler
 from .rules import CONFIG_KEY, SpanPlan, plan_of
 from .runtime import apply_plan
@@ -103,8 +104,14 @@ class SpanPruning(LanguageModel):
             loss_chunk_tokens=loss_chunk_tokens,
             generation=generation,
         )
-        if plan_of(load_config(source)) is not None:
+        config = load_config(source)
+        if plan_of(config) is not None:
             raise InputError(f"source={source!r} has a plan of spans already. Start from the dense model that it was made of.")
+        most = getattr(config, "max_position_embeddings", None)
+        if budget_lengths and most is not None and max(budget_lengths) > most:
+            raise InputError(
+                f"budget_lengths={budget_lengths}: source={source!r} takes texts of {most} tokens at most. Lower them."
+            )
         self.density, self.planner, self.candidates = density, planner or Influence(), candidates
         self.budget_lengths, self.rules_per_layer, self.check, self.kl_weight = budget_lengths, rules_per_layer, check, kl_weight
         self.plan: SpanPlan | None = None
@@ -115,8 +122,24 @@ class SpanPruning(LanguageModel):
         super()._adopt(model)
 
     def configure_callbacks(self) -> list:
-        """Refuse, before the model answers anything, lengths that the budget or the model has no room for."""
-        lengths = self.budget_lengths or [length for length in getattr(self.trainer.datamodule, "lengths", []) if length]  # type: ignore[attr-defined]
+        """Refuse what cannot work; this is the first hook that sees the Trainer and its data, before the model answers anything.
+
+        Raises:
+            InputError: If there is no data module, a strategy splits the weights, or the budget has no room at a length.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        data, strategy = getattr(self.trainer, "datamodule", None), self.trainer.strategy
+        if data is None:
+            raise InputError(
+                "SpanPruning needs a data module, such as SelfGeneratedCalibration: trainer.fit(module, datamodule)."
+            )
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(
+                f"strategy: {type(strategy).__name__} may split the weights, and heads are profiled on whole ones. Legal: one "
+                "device, or ddp."
+            )
+        lengths = self.budget_lengths or [length for length in getattr(data, "lengths", []) if length]
         if lengths:
             Budget(self.density, tuple(lengths), self.candidates, self.rules_per_layer)
         return []
@@ -126,47 +149,42 @@ class SpanPruning(LanguageModel):
         assert self.model is not None
         data, strategy = self.trainer.datamodule, self.trainer.strategy  # type: ignore[attr-defined]
         if self.plan is None:
-            self.model.eval()
+            dense = self.model.eval()
             texts = answered(data.train_set)
             lengths = self.budget_lengths or sorted({text.length for text in texts} - {0}) or [max(len(t.ids) for t in texts)]
             budget = Budget(self.density, tuple(lengths), self.candidates, self.rules_per_layer)
-            processes = Processes(self.global_rank, self.trainer.world_size, strategy.barrier)
+            processes = Processes(self.global_rank, self.trainer.world_size, strategy.barrier, strategy.broadcast)
             plans = self.planner.plans(self.model, texts, budget, processes)
-            checked = self._checked(texts[: self.check], budget, processes) if self.check else {}
+            checked = self._checked(texts, budget, processes) if self.check else {}
             held_out = answered(data.val_set) if data.val_set is not None else []
-            measured = fidelity(self.model, plans, held_out) if held_out and self.trainer.is_global_zero else []
-            measured = strategy.broadcast(measured)
+            measured = processes.of_first(lambda: fidelity(dense, plans, held_out)) if held_out else []
             best = min(range(len(plans)), key=lambda number: measured[number].loss if measured else 0.0)
             notes = {"density": {str(length): plans[best].density(length) for length in lengths}, **(plans[best].notes or {})}
             if measured:
                 notes["validation"] = dataclasses.asdict(measured[best])
-            plan = dataclasses.replace(plans[best], model=model_fingerprint(self.model), notes=notes | checked)
+            plan = dataclasses.replace(plans[best], notes=notes | checked)
             self._use(plan)
             self._show(plan, max([*lengths, *getattr(data, "val_lengths", [])]))
             self.model.train()
         if self.kl_weight:
-            self._dense.append(load_model(self.source.name, "bfloat16").requires_grad_(False).to(self.device))  # type: ignore[arg-type]
+            self._dense = [load_model(self.source.name, "bfloat16").requires_grad_(False).to(self.device)]  # type: ignore[arg-type]
 
     def _checked(self, texts: list[Answered], budget: Budget, processes: Processes) -> dict[str, Any]:
-        """Return how well the planner's costs of single heads agree with ablation."""
-        from scipy.stats import spearmanr
-
+        """Return how well the planner's costs of single heads agree with ablation, on texts of all kinds and lengths."""
         assert self.model is not None
         if not isinstance(self.planner, Influence):
             log.warning("check=%d is ignored: %s has no influence to check.", self.check, type(self.planner).__name__)
             return {}
-        rule = shortest(budget)
-        profile = SpanProfiler(self.candidates, loss=self.planner.loss).profile(self.model, texts, processes)
-        ours = profile.mean(self.planner.form, self.planner.rows)[:, :, profile.rules.index(rule)].reshape(-1)
-        changes = ablate(self.model, texts, rule, sink=budget.sink, loss=self.planner.loss, processes=processes)
-        truth = changes.mean(axis=0).reshape(-1)
-        worst, first = set(np.argsort(-truth)[:10].tolist()), set(np.argsort(-ours)[:20].tolist())
-        correlation = float(spearmanr(ours, truth).statistic)
-        found = {"rank_correlation": correlation, "worst_ten_in_first_twenty": len(worst & first)}
+        some = [texts[number * len(texts) // self.check] for number in range(min(self.check, len(texts)))]
+        profile = SpanProfiler(self.candidates, loss=self.planner.loss).profile(self.model, some, processes)
+        rule = budget.shortest
+        ours = profile.mean(self.planner.form, self.planner.rows)[:, :, profile.rules.index(rule)]
+        changes = ablate(self.model, some, rule, sink=budget.sink, loss=self.planner.loss, processes=processes)
+        found = compare_with_ablation(ours, changes.mean(axis=0))
         log.info(
             "Influence and ablation of single heads, %d texts: rank correlation %.2f; of the 10 heads whose ablation costs most, "
             "%d are among the first 20",
-            len(texts),
+            len(some),
             *found.values(),
         )
         return {"check": found}

@@ -1,7 +1,7 @@
 """How the spans of a plan are chosen: by influence, and by the methods that it is compared with."""
 
 import dataclasses
-import logging
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +16,6 @@ from .measurements import ALONE, Answered, Loss, Processes
 from .profiler import SpanProfiler
 from .rules import DENSE, SpanPlan, SpanRule
 from .solver import Budget, pareto_plans
-
-log = logging.getLogger(__name__)
 
 
 class SpanPlanner(ABC):
@@ -67,10 +65,13 @@ class Influence(SpanPlanner):
         """Return the plans that are best for some mixture of length levels, those of the last round first."""
         profiler = SpanProfiler(budget.candidates, loss=self.loss)
         dense = profiler.profile(model, texts, processes)
-        plans = pareto_plans(dense.costs(self.form, self.rows), dense.rules, budget, model.config)
-        for _ in range(self.rounds):
-            between = dense.halfway(profiler.profile(model, texts, processes, plan=plans[0]))
-            plans = [*pareto_plans(between.costs(self.form, self.rows), dense.rules, budget, model.config), *plans]
+        plans: list[SpanPlan] = []
+        for turn in range(self.rounds + 1):
+            costs = dense if turn == 0 else dense.halfway(profiler.profile(model, texts, processes, plan=plans[0]))
+            table = costs.costs(self.form, self.rows)
+            # One process solves for all: a solver that is stopped by its clock may end anywhere.
+            solve = functools.partial(pareto_plans, table, dense.rules, budget, model.config)
+            plans = [*processes.of_first(solve), *plans]
         return plans
 
 
@@ -87,10 +88,10 @@ class LongOrShort(SpanPlanner):
         self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
     ) -> list[SpanPlan]:
         """Return the plans that are best for some mixture of length levels."""
-        short = shortest(budget)
+        short = budget.shortest
         costs = self.costs(model, texts, budget, processes)
         stacked = {level: np.stack([cost, np.zeros_like(cost)], axis=2) for level, cost in costs.items()}
-        return pareto_plans(stacked, [short, DENSE], budget, model.config)
+        return processes.of_first(lambda: pareto_plans(stacked, [short, DENSE], budget, model.config))
 
 
 class Ablation(LongOrShort):
@@ -107,7 +108,7 @@ class Ablation(LongOrShort):
         self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes
     ) -> Mapping[int, np.ndarray]:
         """Return the mean change of the loss at each length level."""
-        changes = ablate(model, texts, shortest(budget), sink=budget.sink, loss=self.loss, processes=processes)
+        changes = ablate(model, texts, budget.shortest, sink=budget.sink, loss=self.loss, processes=processes)
         levels = np.array([text.length for text in texts])
         return {int(level): changes[levels == level].mean(axis=0).clip(min=0) for level in sorted(set(levels.tolist()))}
 
@@ -160,7 +161,7 @@ class HeadGates(LongOrShort):
         gates = gate_values(
             model,
             texts,
-            shortest(budget),
+            budget.shortest,
             sink=budget.sink,
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -200,8 +201,3 @@ class Shuffled(SpanPlanner):
         order = iter(np.random.default_rng(self.seed).permutation(len(rules)))
         shuffled = tuple(None if layer is None else tuple(rules[next(order)] for _ in layer) for layer in plan.rules)
         return [dataclasses.replace(plan, rules=shuffled, notes=None)]
-
-
-def shortest(budget: Budget) -> SpanRule:
-    """Return the candidate that keeps least at the budget's longest length."""
-    return min(budget.candidates.rules(), key=lambda rule: rule.kept(max(budget.lengths), budget.sink))

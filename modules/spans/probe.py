@@ -15,19 +15,21 @@ from .rules import full_layers
 _NAME = "fulgurite_span_probe"
 
 # Takes the layer's number, query [1, heads, tokens, size], key and value [1, key/value heads, tokens, size], the scale of the
-# scores, and the output [1, tokens, heads, size]; returns the output to go on with.
-Probe = Callable[[int, Tensor, Tensor, Tensor, float, Tensor], Tensor]
+# scores, and what computes the dense output [1, tokens, heads, size]; returns the output to go on with.
+Probe = Callable[[int, Tensor, Tensor, Tensor, float, Callable[[], Tensor]], Tensor]
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    def dense() -> Tensor:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
+
     probe: Probe | None = module.__dict__.get("span_probe")
-    if probe is not None:
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        out = probe(layer, query, key, value, scaling, out)
-    return out, None
+    if probe is None:
+        return dense(), None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return probe(layer, query, key, value, scaling, dense), None
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -57,10 +59,10 @@ def probed(model: PreTrainedModel, probe: Probe) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: PreTrainedModel, *, checkpointed: bool) -> Iterator[None]:
-    """Let gradients reach activations and no weight; nothing of training mode, dropout least of all, is on.
+    """Let gradients reach activations and no weight.
 
     Args:
-        model: The model.
+        model: In evaluation mode; of training mode nothing but what asks for checkpointing is turned on.
         checkpointed: Compute each layer's activations again in the backward pass.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -62,7 +62,6 @@ class SpanPlan:
     Args:
         rules: A list a layer with a rule a key/value head; None for a layer that keeps its own attention.
         sink: First positions that every head sees.
-        model: Fingerprint of the model that it was made for; empty where it is not known.
         notes: What it was made of: densities, lengths, losses; plain JSON.
 
     Raises:
@@ -71,7 +70,6 @@ class SpanPlan:
 
     rules: tuple[tuple[SpanRule, ...] | None, ...]
     sink: int = 64
-    model: str = ""
     notes: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +106,7 @@ class SpanPlan:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
         rules = [None if layer is None else [[rule.alpha, rule.beta] for rule in layer] for layer in self.rules]
-        return {"version": 1, "sink": self.sink, "model": self.model, "rules": rules, "notes": self.notes or {}}
+        return {"version": 1, "sink": self.sink, "rules": rules, "notes": self.notes or {}}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "span_plan") -> Self:
@@ -124,7 +122,7 @@ class SpanPlan:
                 None if layer is None else tuple(SpanRule(int(alpha), float(beta)) for alpha, beta in layer)
                 for layer in data["rules"]
             )
-            return cls(rules, int(data["sink"]), str(data["model"]), dict(data["notes"]))
+            return cls(rules, int(data["sink"]), dict(data["notes"]))
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -152,7 +150,15 @@ def plan_of(config: PreTrainedConfig) -> SpanPlan | None:
 
 
 def full_layers(config: PreTrainedConfig) -> list[bool]:
-    """Return which layers attend to everything; those with a sliding window of their own do not."""
+    """Return which layers attend to everything; those with a sliding window of their own do not.
+
+    Raises:
+        InputError: If the config is that of a model of several parts.
+    """
+    if not hasattr(config, "num_hidden_layers"):
+        raise InputError(
+            f"{type(config).__name__} has no layers of its own: give the causal language model inside, not the whole."
+        )
     usual = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     kinds = getattr(config, "layer_types", None) or [usual] * int(config.num_hidden_layers)
     return [kind == "full_attention" for kind in kinds]

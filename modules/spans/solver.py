@@ -1,6 +1,7 @@
 """Spans from costs: a mixed-integer program picks a rule for each head, within a share of the cache at every length."""
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from transformers import PreTrainedConfig
 from ...errors import InputError
 from .profiler import CandidateRules
 from .rules import SpanPlan, SpanRule, full_layers
+
+log = logging.getLogger(__name__)
 
 _TIE = 1e-3  # of the whole cost: what is gained where spans longer than needed use up the cache
 
@@ -55,6 +58,11 @@ class Budget:
         """First positions that every head sees."""
         return self.candidates.sink
 
+    @property
+    def shortest(self) -> SpanRule:
+        """The candidate that keeps least at the longest length."""
+        return min(self.candidates.rules(), key=lambda rule: rule.kept(max(self.lengths), self.sink))
+
 
 def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget) -> np.ndarray:
     """Return the rule of each head that costs least together, by the HiGHS solver of ``scipy.optimize.milp``.
@@ -96,8 +104,10 @@ def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget) -> np.nd
         integrality=np.ones(len(objective)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(vstack([matrix], format="csr"), low, high) for matrix, low, high in constraints],
-        options={"mip_rel_gap": 1e-4, "time_limit": 20},
+        options={"mip_rel_gap": 1e-4, "time_limit": 60},
     )
+    if best.status == 1:
+        log.warning("Planning was stopped after a minute; the plan may be a little worse than the best, and another next time.")
     if best.x is None:
         raise InputError(
             f"No choice of rules fits density={budget.density} at the lengths {list(budget.lengths)} ({best.message}). Raise "

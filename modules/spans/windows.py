@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from .rules import SpanRule, groups_of
 
@@ -29,7 +30,7 @@ def visible(rule: SpanRule, sink: int, queries: Tensor, keys: Tensor) -> Tensor:
     Args:
         rule: Of the head.
         sink: First positions that are always seen.
-        queries: Positions of the queries, int64 [rows, queries]; padding has positions below 0, and sees itself alone.
+        queries: Positions of the queries, int64 [rows, queries]; below 0 for padding, which sees padding.
         keys: Positions of the keys, int64 [rows, keys]; below 0 where there is none.
 
     Returns:
@@ -132,7 +133,9 @@ def attend_in_blocks(
         allowed = visible(rule, sink, queries[:, rows], keys[:, columns])
         if also is not None:
             allowed = allowed & also[:, rows, columns]
-        part = attend(query[:, :, :, rows], key[:, :, columns], value[:, :, columns], allowed, scaling, dropout)
+        inputs = (query[:, :, :, rows], key[:, :, columns], value[:, :, columns], allowed, scaling, dropout)
+        # The masks that a query head would keep for the backward pass are made again there.
+        part = checkpoint(attend, *inputs, use_reentrant=False) if query.requires_grad else attend(*inputs)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 

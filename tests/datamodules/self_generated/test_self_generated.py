@@ -89,7 +89,7 @@ def test_training_and_validation_have_no_document_in_common(documents):
     assert not seen[0] & seen[1]
 
 
-def test_a_stopped_run_goes_on_and_several_processes_share_the_work(documents, monkeypatch):
+def test_a_stopped_run_goes_on_and_several_processes_share_the_work():
     model = load_model("random:tiny")
     prompts = [[3 + n] * (5 + n) for n in range(7)]
     settings = AnswerSettings(5, temperature=1.0, batch_size=2)
@@ -105,7 +105,6 @@ def test_a_stopped_run_goes_on_and_several_processes_share_the_work(documents, m
     lines = file.read_text().splitlines()
     file.write_text(lines[0] + "\n" + lines[1][:20])  # killed in the middle of a line
     assert len(first.read()) == 2
-    monkeypatch.setattr("os.getpid", lambda: 1)  # a new process writes a new file
     first.write(0, 2)
     first.write(1, 2)
     assert first.read() == answers
@@ -181,6 +180,7 @@ def test_answers_that_are_no_good_are_left_out(documents, monkeypatch, caplog):
     data = made(documents, max_perplexity=5.0, val_examples=0)
     assert len(data.train_set) == 6
     assert "Of 8 answers 2 are left out: 2 of a higher perplexity." in caplog.text
+    assert "8 of 8 answers are cut off at answer_tokens=6, and kept." in caplog.text
     monkeypatch.setattr(
         AnswerCache, "_answer", lambda self, n: [{"prompt": i, "ids": [2], "cut": False} for i in self.batches[n]]
     )
@@ -203,6 +203,8 @@ def test_perplexities_are_those_of_the_answers():
         ({"documents": "nowhere"}, "documents='nowhere' names no text here"),
         ({"kinds": ["question"]}, "kinds: 'question' needs questions, which is missing. Legal here: summary, retrieval"),
         ({"kinds": ["summary"], "supervision": "human"}, "no one has written a summary"),
+        ({"kinds": ["sumary"]}, "kinds: 'sumary' is unknown. Did you mean 'summary'"),
+        ({"supervision": "ownn"}, "supervision='ownn' is unknown. Did you mean 'own'"),
         ({"lengths": []}, r"lengths=\[\] is no list of lengths"),
         ({"lengths": [0]}, r"lengths=\[0\]"),
         ({"examples": 0}, "examples=0 is too small. Legal: 1 or more"),
@@ -219,6 +221,25 @@ def test_perplexities_are_those_of_the_answers():
 def test_bad_settings_are_refused(documents, settings, message):
     with pytest.raises(InputError, match=message):
         made(**{"documents": documents, **settings})
+
+
+def test_long_questions_are_refused(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": prose(100, n)}) + "\n" for n in range(8)))
+    with pytest.raises(InputError, match=r"make a text of \d+ tokens; the model takes 512"):
+        made(None, questions=str(path))
+
+
+def test_one_long_document_is_divided(tmp_path, caplog):
+    (tmp_path / "book.txt").write_text("".join(f"{n} {prose(30, n)}\n" for n in range(400)))
+    data = made(str(tmp_path / "book.txt"), kinds=["summary"])
+    assert "is one document: its last part is held out" in caplog.text
+    decode = tiny_tokenizer().decode
+    numbers = [
+        {int(word) for item in part.items for word in decode(list(item.ids)).split() if word.isdigit()}
+        for part in (data.train_set, data.val_set)
+    ]
+    assert max(numbers[0]) < min(numbers[1])
 
 
 def test_bad_rows_are_refused(documents, questions):

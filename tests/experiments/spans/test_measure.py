@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from fulgurite.errors import InputError
 from fulgurite.experiments.spans import measure
 from fulgurite.modules.pretrained import load_model
 from fulgurite.modules.spans import DENSE, SpanPlan, SpanRule
@@ -38,17 +39,15 @@ def test_a_key_is_right_where_greedy_decoding_writes_it(documents, monkeypatch):
     model, tokenizer = load_model("random:tiny"), tiny_tokenizer()
     ids = list(range(5, 60))
     written = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
-
-    class Fixed:
-        def __call__(self, text, **_):
-            return type("Coded", (), {"input_ids": [int(part) for part in text.split()]})
-
-    assert measure._would_write(model, Fixed(), ids, " ".join(map(str, written)))
-    assert not measure._would_write(model, Fixed(), ids, " ".join(map(str, [*written[:-1], (written[-1] + 1) % 259])))
+    assert measure._would_write(model, ids, written)
+    assert not measure._would_write(model, ids, [*written[:-1], (written[-1] + 1) % 259])
     asked = []
-    monkeypatch.setattr(
-        measure, "_would_write", lambda model, tokenizer, ids, answer: asked.append((ids, answer)) or len(asked) % 2
-    )
+
+    def every_second(model, ids, answer):
+        asked.append((ids, tokenizer.decode(answer)))
+        return len(asked) % 2
+
+    monkeypatch.setattr(measure, "_would_write", every_second)
     counts = {"documents": {"260": 2, "300": 4}, "sentences": {"260": 1}, "keys": {"500": 2}}
     given = measure.passkeys(seed=0, model="random:tiny", documents=documents, counts=counts)
     assert given["metrics"]["documents"] == pytest.approx(
@@ -99,6 +98,23 @@ def test_heads_are_ranked(documents):
     )
     assert -1 <= given["rank_correlation"] <= 1
     assert 0 <= given["worst_ten_in_first_twenty"] <= 10
+
+
+def test_a_base_model_is_asked_in_plain_text(documents, tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    for part in (tokenizer, tiny_model()):
+        part.save_pretrained(tmp_path / "base")
+    asked = []
+    monkeypatch.setattr(measure, "_would_write", lambda model, ids, answer: asked.append(tokenizer.decode([*ids, *answer])) or 0)
+    measure.passkeys(seed=0, model=str(tmp_path / "base"), documents=documents, counts={"documents": {"300": 1}})
+    assert asked[0].rpartition("The pass key is ")[2].isdigit(), asked[0][-60:]
+
+
+def test_short_documents_are_refused(tmp_path):
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "short"}))
+    with pytest.raises(InputError, match="has no text of more than 300 characters"):
+        next(measure._texts("documents", str(tmp_path / "short.jsonl"), random.Random(0)))
 
 
 def test_documents_come_again_in_another_order(documents):

@@ -9,7 +9,7 @@ import torch
 from fulgurite.modules.spans import DENSE, SpanRule
 from fulgurite.modules.spans import influence as module
 from fulgurite.modules.spans.ablation import ablate
-from fulgurite.modules.spans.fidelity import answer_log_probabilities, fidelity
+from fulgurite.modules.spans.fidelity import answer_states, fidelity
 from fulgurite.modules.spans.influence import influences
 from fulgurite.modules.spans.measurements import Answered, loss_of
 from fulgurite.modules.spans.rules import SpanPlan, full_layers
@@ -19,6 +19,11 @@ from .small import KINDS, ids_of, model_of, plan_for
 
 RULES = [SpanRule(4), SpanRule(-2, 0.25), SpanRule(40), DENSE]
 SINK, START, LENGTH = 2, 90, 100
+
+
+def answer_log_probabilities(model, text):
+    with torch.no_grad():
+        return (answer_states(model, text) @ model.lm_head.weight.T).log_softmax(-1)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from fulgurite.errors import InputError
 from fulgurite.modules import LanguageModel, SpanPruning
 from fulgurite.modules.pretrained import load_model
 from fulgurite.modules.spans import CandidateRules, SpanPlan, UniformWindow, plan_of
+from fulgurite.modules.student import StudentSpec
 
 CANDIDATES = CandidateRules(sink=4, alphas=[8, 32], betas=[0.0, 0.25])
 
@@ -120,6 +121,23 @@ def test_tuning_sees_the_spans_and_goes_on_from_a_checkpoint(tmp_path, long_docu
         assert torch.equal(alone.model.eval()(ids).logits, whole.model.eval()(ids).logits)
 
 
+def test_other_systems_keep_the_plan_and_a_student_its_part_of_it(tmp_path, long_documents):
+    export = ExportPretrained(str(tmp_path / "export"), dtype="float32")
+    trainer(tmp_path, callbacks=[export]).fit(pruning(), calibration(long_documents))
+    again = ExportPretrained(str(tmp_path / "again"), dtype="float32")
+    module = LanguageModel(str(tmp_path / "export"), student=StudentSpec([0, 2, 3]))
+    keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1)
+    trainer(tmp_path, max_steps=1, callbacks=[again, keep]).fit(module, calibration(long_documents))
+    whole = SpanPlan.from_json(json.loads((tmp_path / "export/span_plan.json").read_text()))
+    part = load_model(str(tmp_path / "again"))
+    assert plan_of(part.config).rules == tuple(whole.rules[layer] for layer in (0, 2, 3))
+    ids = torch.arange(3, 103)[None]
+    loaded = LanguageModel.load_from_checkpoint(keep.best_model_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model.eval()(ids).logits, part(ids).logits)
+    assert part.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 103)
+
+
 def test_language_models_train_on_the_calibration_set_too(tmp_path, long_documents):
     data = calibration(long_documents)
     module = LanguageModel("random:tiny")
@@ -136,6 +154,7 @@ def test_language_models_train_on_the_calibration_set_too(tmp_path, long_documen
         ({"kl_weight": 1.5}, "kl_weight=1.5 is no share of the loss"),
         ({"check": -1}, "check=-1 is below 0"),
         ({"rules_per_layer": 0}, "rules_per_layer=0 leaves a layer without a rule"),
+        ({"budget_lengths": [1000]}, r"budget_lengths=\[1000\]: source='random:tiny' takes texts of 512 tokens at most"),
         ({"budget_lengths": [32]}, "leaves 10 of 32 tokens, and the shortest rule with a sink of 4 keeps 12"),
     ],
 )
@@ -148,6 +167,8 @@ def test_what_cannot_be_profiled_is_refused(tmp_path, long_documents, documents_
     with pytest.raises(InputError, match="no prompt with one answer behind it"):  # blocks of several documents
         trainer(tmp_path).fit(pruning(), TextDataModule(str(documents_file), block_size=256, batch_size=2))
     # Before the model answers anything.
+    with pytest.raises(InputError, match="SpanPruning needs a data module"):
+        trainer(tmp_path).fit(pruning(), [])
     with pytest.raises(InputError, match="leaves 12 of 40 tokens, and the shortest rule"):
         trainer(tmp_path).fit(pruning(candidates=CandidateRules(sink=16)), calibration(long_documents, lengths=[40]))
 

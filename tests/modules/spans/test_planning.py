@@ -123,7 +123,7 @@ def test_what_is_measured_is_kept(monkeypatch):
 def test_a_damaged_profile_is_refused(tmp_path):
     model = model_of("llama")
     SpanProfiler(CANDIDATES).profile(model, texts()[:1])
-    (file,) = tmp_path.rglob("values.safetensors")
+    (file,) = tmp_path.rglob("*.safetensors")
     file.write_bytes(b"cut")
     with pytest.raises(InputError, match="is damaged or missing"):
         SpanProfiler(CANDIDATES).profile(model, texts()[:1])

@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, MistralForCausalLM, StaticCache
 
 from fulgurite.errors import InputError
 from fulgurite.modules.spans import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, flex, load, plan_of, remove_plan
+from fulgurite.modules.spans.attention import attentions
 from fulgurite.modules.spans.windows import span_at
 
 from .small import KINDS, RULES, SIZES, ids_of, model_of, plan_for
@@ -245,3 +247,55 @@ def test_flex_attention_reads_what_blocks_read(kind, compiled, monkeypatch):
         assert len(used) == 2 * sum(rules is not None for rules in plan.rules), "the tokens behind the text are read one by one"
     with pytest.raises(InputError, match="prefill='felx' is unknown. Did you mean 'flex'"):
         apply_plan(model, plan, prefill="felx")
+
+
+def test_tokens_that_came_cannot_be_masked_later():
+    model = model_of("llama")
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    cache = SpanCache(plan, model.config)
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[1, 14:20] = 0  # these were written behind the end of the second text
+    with torch.no_grad():
+        model(ids_of(2, 20), past_key_values=cache)
+        with pytest.raises(InputError, match="tokens that came before are masked now, or no longer"):
+            model(ids_of(2, 1), past_key_values=cache, attention_mask=mask)
+        padded = SpanCache(plan, model.config)
+        mask = torch.ones(2, 20, dtype=torch.long)
+        mask[1, :4] = 0
+        model(ids_of(2, 20), past_key_values=padded, attention_mask=mask)
+        with pytest.raises(InputError, match="tokens that came before are masked now, or no longer"):
+            model(ids_of(2, 1), past_key_values=padded)
+
+
+def test_generate_without_a_cache_and_copies_of_a_model():
+    model, ids = model_of("llama"), ids_of(1, 30)
+    apply_plan(model, plan_for(model))
+    wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
+    for without in ({"generation_config": GenerationConfig(use_cache=False, max_new_tokens=6)}, {"use_cache": False}):
+        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, **without), wanted)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(ids, max_new_tokens=6, do_sample=False), wanted)
+        with torch.no_grad():
+            other.model.embed_tokens.weight.normal_()
+        assert not torch.equal(other.generate(ids, max_new_tokens=6, do_sample=False), wanted)
+
+
+def test_what_spans_cannot_use_is_refused():
+    model, ids = model_of("llama"), ids_of(1, 10)
+    apply_plan(model, plan_for(model))
+    with pytest.raises(InputError, match="a cache of 40 places for 10 tokens is a static one"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=40))
+    with pytest.raises(InputError, match="a mask of 4 dimensions says for all heads alike"):
+        model(ids, attention_mask=torch.ones(1, 1, 10, 10, dtype=torch.bool))
+    sliding = MistralConfig(**{**SIZES, "sliding_window": 16})
+    with pytest.raises(InputError, match="every layer has a sliding window of its own"):
+        attentions(MistralForCausalLM(sliding))
+
+
+def test_the_way_of_attending_before_a_plan_comes_back():
+    model = model_of("llama")
+    model.set_attn_implementation("eager")
+    for _ in range(2):
+        apply_plan(apply_plan(model, plan_for(model)), plan_for(model))
+        assert remove_plan(model).config._attn_implementation == "eager"
