@@ -23,7 +23,7 @@ from ...modules.spans.ablation import ablate, compare_with_ablation
 from ...modules.spans.fidelity import Fidelity, answer_states, fidelity
 from ...modules.spans.influence import FORMS, influences
 from ...modules.spans.measurements import Answered, answered
-from ...modules.spans.rules import SpanRule
+from ...modules.spans.rules import SpanPlan, SpanRule
 from ...modules.spans.solver import pareto_plans
 
 _SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -31,7 +31,13 @@ _KEYS = 4  # of the prompts with several
 
 
 def passkeys(
-    *, seed: int, model: str, documents: str, counts: dict[str, dict[str, int]], weights: Dtype = "bfloat16"
+    *,
+    seed: int,
+    model: str,
+    documents: str,
+    counts: dict[str, dict[str, int]],
+    window: float = 0.0,
+    weights: Dtype = "bfloat16",
 ) -> dict[str, Any]:
     """Ask for keys hidden in texts: in real documents, in one paragraph said again and again, and among other keys.
 
@@ -43,6 +49,7 @@ def passkeys(
         documents: Source of the real documents.
         counts: Prompts by kind (``documents``, ``far``: documents too, ``sentences``, ``keys``) and length in tokens; their
             depths are spread evenly.
+        window: Instead of the model's spans, give all heads one window of this share of each length (StreamingLLM); 0 does not.
         weights: Type of the weights in memory.
 
     Returns:
@@ -54,6 +61,8 @@ def passkeys(
     curves: dict[str, list[list[float]]] = {}
     for kind, by_length in counts.items():
         for length, count in ((int(length), count) for length, count in by_length.items()):
+            if window:
+                apply_plan(loaded, _window(loaded, window, length))
             generator = random.Random(f"{seed} {kind} {length}")
             filler = Filler(_texts(kind, documents, generator), tokenizer, "documents")
             right = []
@@ -66,6 +75,13 @@ def passkeys(
             curves[f"{kind}_{length}"] = right
         metrics[kind] = statistics.fmean(metrics[f"{kind}_{length}"] for length in by_length)
     return {"metrics": metrics, "curves": curves}
+
+
+def _window(model: PreTrainedModel, share: float, length: int) -> SpanPlan:
+    """Return the plan with one fixed window for all heads, with which a share of the cache is kept at a length."""
+    plan = plan_of(model.config)
+    sink = CandidateRules().sink if plan is None else plan.sink
+    return SpanPlan.same(SpanRule(max(1, round(share * length) - sink)), model.config, sink=sink)
 
 
 def _texts(kind: str, documents: str, generator: random.Random) -> Iterator[str]:
@@ -89,7 +105,16 @@ def _loaded(source: str, weights: Dtype) -> PreTrainedModel:
 
 
 def closeness(
-    *, seed: int, model: str, source: str, documents: str, text: str, lengths: list[int], examples: int, text_tokens: int
+    *,
+    seed: int,
+    model: str,
+    source: str,
+    documents: str,
+    text: str,
+    length: int,
+    examples: int,
+    text_tokens: int,
+    window: float = 0.0,
 ) -> dict[str, float]:
     """Compare a model with the dense one: on held-out answers of the dense model, and on running text.
 
@@ -99,17 +124,18 @@ def closeness(
         source: Of the dense model, which answers.
         documents: Source of the documents that it is asked about.
         text: Source of running text.
-        lengths: Tokens of the prompts.
-        examples: Prompts of each kind at each length.
-        text_tokens: Tokens of running text, in pieces of the longest length.
+        length: Tokens of the prompts.
+        examples: Prompts of each kind.
+        text_tokens: Tokens of running text, in pieces of this length.
+        window: See ``passkeys``.
 
     Returns:
         ``answer_kl``, ``answer_loss``, ``answer_loss_dense``, ``answer_agreement``, and the same for ``text``, losses in nats a
-        token; ``cache``, the share of the cache that the plan keeps at the longest length.
+        token; ``cache``, the share of the cache that the plan keeps at this length.
     """
     data = SelfGeneratedCalibration(
         documents,
-        lengths=lengths,
+        lengths=[length],
         examples=examples,
         val_examples=0,
         answers_from=source,
@@ -120,15 +146,15 @@ def closeness(
     data.prepare_data()
     assert data.train_set is not None
     loaded = _loaded(model, "float32")
-    plan = plan_of(loaded.config)
+    plan = _window(loaded, window, length) if window else plan_of(loaded.config)
     assert plan is not None
     remove_plan(loaded)
     (own,) = fidelity(loaded, [plan], answered(data.train_set))
-    tokenizer, size = load_tokenizer(source), max(lengths)
+    tokenizer = load_tokenizer(source)
     whole = "\n".join(itertools.islice(read_documents(text), 2000))
     ids = torch.tensor(tokenizer(whole, add_special_tokens=False, verbose=False).input_ids[:text_tokens])
-    (running,) = fidelity(loaded, [plan], [Answered(piece, 1, 0) for piece in ids.split(size) if len(piece) == size])
-    return {**_named("answer", own), **_named("text", running), "cache": plan.density(size)}
+    (running,) = fidelity(loaded, [plan], [Answered(piece, 1, 0) for piece in ids.split(length) if len(piece) == length])
+    return {**_named("answer", own), **_named("text", running), "cache": plan.density(length)}
 
 
 def _named(name: str, found: Fidelity) -> dict[str, float]:

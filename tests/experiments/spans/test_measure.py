@@ -78,6 +78,9 @@ def test_a_dense_plan_is_as_close_as_can_be(documents, tmp_path, pruned):
     near = measure.closeness(seed=0, model=pruned, **settings)
     assert near["answer_kl"] == pytest.approx(0, abs=1e-5)
     assert near["text_agreement"] == 1.0
+    window = measure.closeness(seed=0, model=pruned, window=0.1, **settings)
+    assert window["cache"] == pytest.approx(0.1)
+    assert window["answer_kl"] > 1e-3
     assert near["text_loss"] == pytest.approx(far["text_loss_dense"], abs=1e-4)
 
 
