@@ -66,7 +66,7 @@ def test_a_dense_plan_is_as_close_as_can_be(documents, tmp_path, pruned):
         "source": "random:tiny",
         "documents": documents,
         "text": documents,
-        "lengths": [300],
+        "length": 300,
         "examples": 1,
         "text_tokens": 700,
     }
