@@ -74,7 +74,7 @@ def test_a_dense_plan_is_as_close_as_can_be(documents, tmp_path, pruned):
     assert far["answer_kl"] > 1e-3
     assert far["text_kl"] > 1e-3
     model = tiny_model()
-    SpanPlan.same(DENSE, model.config).save(tmp_path / "pruned")
+    SpanPlan.same(DENSE, model.config, sink=4).save(tmp_path / "pruned")
     near = measure.closeness(seed=0, model=pruned, **settings)
     assert near["answer_kl"] == pytest.approx(0, abs=1e-5)
     assert near["text_agreement"] == 1.0
