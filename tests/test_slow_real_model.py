@@ -67,6 +67,10 @@ def test_real_model_commands_of_the_readme(tmp_path):
     short = {
         "predict": ["--data.block_size=64", "--data.train_tokens=256"],
         "fit": ["--trainer.max_steps=1", "--trainer.limit_val_batches=1"],
+        "spans/compress": [
+            *("--data.lengths=[512]", "--data.val_lengths=[640]", "--data.examples=1", "--data.val_examples=1"),
+            "--data.answer_tokens=4",
+        ],
         "demo": ["--train_tokens=1024", "--val_tokens=256", "--block_size=128"],
         "generate": ["--max_new_tokens=3"],
     }
@@ -74,7 +78,8 @@ def test_real_model_commands_of_the_readme(tmp_path):
     demo = f"fulgurite demo {' '.join(short['demo'])}"
     for command in [demo, *(line.split("#")[0].replace(".venv/bin/", "") for line in commands)]:
         words = command.split()
-        extra = [] if command is demo else short.get(words[1], [])
+        config = words[words.index("-c") + 1] if "-c" in words else ""
+        extra = [] if command is demo else short.get(config) or short.get(words[1], [])
         done = subprocess.run(
             " ".join([command, *extra]), shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
         )
