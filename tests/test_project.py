@@ -82,7 +82,7 @@ def test_constraints_satisfy_the_ranges():
     extras = PROJECT["project"]["optional-dependencies"]
     for text in [
         *PROJECT["project"]["dependencies"],
-        *sum((extras[name] for name in ("dev", "data", "report", "sweep", "eval")), []),
+        *sum((extras[name] for name in ("dev", "data", "report", "spans", "sweep", "eval")), []),
     ]:
         requirement = Requirement(text)
         version = pinned[canonicalize_name(requirement.name)]
