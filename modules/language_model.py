@@ -19,6 +19,7 @@ from ..errors import InputError
 from .linear_loss import LossParts, linear_loss, shift_labels
 from .pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source, token_byte_lengths
 from .schedules import WarmupCosine
+from .span_attention import NOTICE, adopt_plan, plan_of
 from .student import StudentSpec, build_student
 
 log = logging.getLogger(__name__)
@@ -150,8 +151,6 @@ class LanguageModel(LightningModule):
         self._adopt(model)
 
     def _adopt(self, model: PreTrainedModel) -> None:
-        from .spans.runtime import adopt_plan  # that folder has a module of this kind itself
-
         head_weight(model)
         adopt_plan(model)
         if self.gradient_checkpointing:
@@ -277,7 +276,7 @@ class LanguageModel(LightningModule):
 
     def card_notice(self) -> str:
         """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""
-        return ""
+        return NOTICE if self.model is not None and plan_of(self.model.config) is not None else ""
 
     def card_figures(self) -> dict[str, float]:
         """Return figures for the model card, beside those of validation."""
@@ -289,6 +288,9 @@ class LanguageModel(LightningModule):
         Args:
             folder: It holds model, tokenizer and config already.
         """
+        plan = None if self.model is None else plan_of(self.model.config)
+        if plan is not None:
+            plan.save(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the small model's config, so that the checkpoint can be read without the large model."""

@@ -18,12 +18,12 @@ from ...datamodules.self_generated.prompts import PromptForm, retrieval
 from ...datamodules.self_generated.texts import Filler, pieces
 from ...errors import InputError
 from ...modules.pretrained import Dtype, head_weight, load_model, load_tokenizer
+from ...modules.span_attention.rules import SpanPlan, SpanRule
 from ...modules.spans import Budget, CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
 from ...modules.spans.ablation import ablate, compare_with_ablation
 from ...modules.spans.fidelity import Fidelity, answer_states, fidelity
 from ...modules.spans.influence import FORMS, influences
 from ...modules.spans.measurements import Answered, answered
-from ...modules.spans.rules import SpanPlan, SpanRule
 from ...modules.spans.solver import pareto_plans
 
 _SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

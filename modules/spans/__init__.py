@@ -1,14 +1,9 @@
-"""Attention spans: each key/value head sees the first positions and as many of the last ones as its rule says.
+"""Attention spans chosen on a model's own answers: profiles, plans, and the system that makes them; and what runs them."""
 
-Importing this makes ``from_pretrained`` apply the plan that a model's folder carries.
-"""
-
-from .cache import SpanCache
+from ..span_attention import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, load, plan_of, remove_plan
 from .module import SpanPruning
 from .planners import Ablation, HeadGates, InductionHeads, Influence, Shuffled, SpanPlanner, UniformWindow
 from .profiler import CandidateRules, SpanProfile, SpanProfiler
-from .rules import DENSE, SpanPlan, SpanRule, plan_of
-from .runtime import apply_plan, load, remove_plan
 from .solver import Budget
 
 __all__ = [

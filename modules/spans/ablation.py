@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..pretrained import head_weight
-from .attention import NAME, attentions
+from ..span_attention.attention import NAME, attentions
+from ..span_attention.rules import DENSE, SpanRule, full_layers
 from .measurements import ALONE, Answered, Loss, Processes, loss_of, measure
-from .rules import DENSE, SpanRule, full_layers
 
 
 def ablate(

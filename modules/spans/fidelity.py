@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..pretrained import head_weight
+from ..span_attention.rules import SpanPlan
+from ..span_attention.runtime import apply_plan, remove_plan
 from .measurements import Answered
-from .rules import SpanPlan
-from .runtime import apply_plan, remove_plan
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..span_attention.rules import SpanRule
+from ..span_attention.windows import attend_in_blocks
 from .measurements import ALONE, Answered, Processes, measure
 from .probe import frozen, probed
-from .rules import SpanRule
-from .windows import attend_in_blocks
 
 _BLOCK = 256
 

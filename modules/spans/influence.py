@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..pretrained import head_weight
+from ..span_attention.rules import SpanPlan, SpanRule
+from ..span_attention.windows import attend_with_rules, spans_at
 from .measurements import Loss
 from .probe import frozen, probed
-from .rules import SpanPlan, SpanRule
-from .windows import attend_with_rules, spans_at
 
 Form = Literal["published", "net", "absolute"]
 Rows = Literal["answer", "all"]

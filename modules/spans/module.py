@@ -19,15 +19,15 @@ from ..distillation.teacher import teacher_states
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, linear_loss, shift_labels
 from ..pretrained import Dtype, head_weight, load_config, load_model
+from ..span_attention.attention import attentions
+from ..span_attention.rules import CONFIG_KEY, SpanPlan, plan_of
+from ..span_attention.runtime import apply_plan
 from .ablation import ablate, compare_with_ablation
-from .attention import attentions
 from .fidelity import fidelity
 from .measurements import Answered, Processes, answered
 from .picture import draw_spans
 from .planners import Influence, SpanPlanner
 from .profiler import CandidateRules, SpanProfiler
-from .rules import CONFIG_KEY, SpanPlan, plan_of
-from .runtime import apply_plan
 from .solver import Budget
 
 log = logging.getLogger(__name__)
@@ -232,13 +232,6 @@ class SpanPruning(LanguageModel):
         if data is not None:
             self._use(SpanPlan.from_json(data, "the checkpoint's plan of spans"))
 
-    def card_notice(self) -> str:
-        """Return what a reader of the exported folder must know first."""
-        return (
-            "**Plain `transformers`, vLLM and llama.cpp run this model dense. Its heads see only their spans, and its cache "
-            "shrinks, where `fulgurite.modules.spans` is imported before `from_pretrained`, and in `fulgurite generate`.**"
-        )
-
     def card_figures(self) -> dict[str, float]:
         """Return the plan's density, and what validation on held-out answers showed."""
         notes = (self.plan.notes if self.plan is not None else None) or {}
@@ -249,6 +242,6 @@ class SpanPruning(LanguageModel):
         """Write the plan, and its picture, into an exported folder."""
         if self.plan is None:
             raise InputError("There is no plan of spans to export: fit makes one.")
-        self.plan.save(folder)
+        super().write_extras(folder)
         lengths = [int(length) for length in (self.plan.notes or {}).get("density", {})] or [4096]
         draw_spans(self.plan, max(lengths)).savefig(folder / "spans.png", dpi=150)

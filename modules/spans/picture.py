@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .rules import SpanPlan
+from ..span_attention.rules import SpanPlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,12 +9,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ..span_attention.rules import DENSE, SpanPlan, SpanRule
 from .ablation import ablate
 from .heads import gate_values, induction_scores
 from .influence import Form, Rows
 from .measurements import ALONE, Answered, Loss, Processes
 from .profiler import SpanProfiler
-from .rules import DENSE, SpanPlan, SpanRule
 from .solver import Budget, pareto_plans
 
 

@@ -9,8 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention import attentions
-from .rules import full_layers
+from ..span_attention.attention import attentions
+from ..span_attention.rules import full_layers
 
 _NAME = "fulgurite_span_probe"
 

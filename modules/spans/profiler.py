@@ -7,9 +7,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ..span_attention.rules import DENSE, SpanPlan, SpanRule
 from .influence import FORMS, ROWS, Form, Rows, influences
 from .measurements import ALONE, Answered, Loss, Processes, measure
-from .rules import DENSE, SpanPlan, SpanRule
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from ...errors import InputError
+from ..span_attention.rules import SpanPlan, SpanRule, full_layers
 from .profiler import CandidateRules
-from .rules import SpanPlan, SpanRule, full_layers
 
 log = logging.getLogger(__name__)
 

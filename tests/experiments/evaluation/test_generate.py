@@ -5,7 +5,7 @@ import pytest
 from fulgurite.experiments.evaluation.code_execution import Limits, run_code
 from fulgurite.experiments.evaluation.templates import TEMPLATES, template
 from fulgurite.experiments.main import main
-from fulgurite.modules.spans import SpanPlan, SpanRule, runtime
+from fulgurite.modules.span_attention import SpanPlan, SpanRule, runtime
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 
 

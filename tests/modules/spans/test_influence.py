@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from fulgurite.modules.span_attention.rules import SpanPlan, full_layers
+from fulgurite.modules.span_attention.runtime import apply_plan
 from fulgurite.modules.spans import DENSE, SpanRule
 from fulgurite.modules.spans import influence as module
 from fulgurite.modules.spans.ablation import ablate
 from fulgurite.modules.spans.fidelity import answer_states, fidelity
 from fulgurite.modules.spans.influence import influences
 from fulgurite.modules.spans.measurements import Answered, loss_of
-from fulgurite.modules.spans.rules import SpanPlan, full_layers
-from fulgurite.modules.spans.runtime import apply_plan
 
-from .small import KINDS, ids_of, model_of, plan_for
+from ..span_attention.small import KINDS, ids_of, model_of, plan_for
 
 RULES = [SpanRule(4), SpanRule(-2, 0.25), SpanRule(40), DENSE]
 SINK, START, LENGTH = 2, 90, 100

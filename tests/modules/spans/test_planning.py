@@ -24,7 +24,7 @@ from fulgurite.modules.spans.heads import induction_scores
 from fulgurite.modules.spans.measurements import Answered
 from fulgurite.modules.spans.solver import pareto_plans, solve
 
-from .small import ids_of, model_of
+from ..span_attention.small import ids_of, model_of
 
 CANDIDATES = CandidateRules(sink=2, alphas=[4, 8], betas=[0.0, 0.25])
 

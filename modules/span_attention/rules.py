@@ -20,6 +20,10 @@ from ...files import write_json
 
 CONFIG_KEY = "span_plan"  # of a model's config.json
 FILE = "span_plan.json"
+NOTICE = (
+    "**Plain `transformers`, vLLM and llama.cpp run this model dense. Its heads see only their spans, and its cache shrinks, "
+    "where `fulgurite.modules.spans` is imported before `from_pretrained`, and in `fulgurite generate`.**"
+)
 
 
 @dataclass(frozen=True, order=True)
