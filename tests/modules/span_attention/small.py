@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fulgurite.modules.spans import DENSE, SpanPlan, SpanRule
+from fulgurite.modules.span_attention import DENSE, SpanPlan, SpanRule
 
 SIZES = {
     "vocab_size": 61,

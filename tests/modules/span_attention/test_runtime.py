@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, MistralForCausalLM, StaticCache
 
 from fulgurite.errors import InputError
+from fulgurite.modules.span_attention import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, flex, load, plan_of, remove_plan
 from fulgurite.modules.span_attention.attention import attentions
 from fulgurite.modules.span_attention.windows import span_at
-from fulgurite.modules.spans import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, flex, load, plan_of, remove_plan
 
 from .small import KINDS, RULES, SIZES, ids_of, model_of, plan_for
 
