@@ -120,16 +120,51 @@ def select(values: Tensor, layout: Layout, turn: int = 0) -> Places:
     if layout.form == "all":
         return slice(None)
     whole = layout.size // BLOCK
-    together = 1 if not values.is_cuda else max(1, whole)  # one block stays in the cache of a CPU
     parts = []
-    for first in range(0, whole, together):
-        last = min(whole, first + together)
-        table = values[first * BLOCK : last * BLOCK].view(-1, BLOCK).abs()
-        parts.append(_select_blocks(table, counts[0], turn) + first * BLOCK)
+    if values.is_cuda and whole:
+        parts.append(_select_blocks(values[: whole * BLOCK].view(-1, BLOCK).abs(), counts[0], turn))
+    elif whole:
+        parts.append(torch.from_numpy(_select_one_by_one(values[: whole * BLOCK].numpy(), counts[0], turn)))
     if whole < layout.blocks:
         rest = values[whole * BLOCK :].abs()
         parts.append(rest.topk(counts[-1], sorted=False).indices.sort().values + whole * BLOCK)
     return torch.cat(parts)
+
+
+def _select_one_by_one(values: np.ndarray, count: int, turn: int) -> np.ndarray:
+    """Return places in a vector of whole blocks, ``count`` of each: on a CPU, a block at a time stays in its cache."""
+    magnitudes = np.empty(BLOCK, np.float32)
+    pieces = []
+    for begin in range(0, len(values), BLOCK):
+        np.abs(values[begin : begin + BLOCK], out=magnitudes)
+        sample = magnitudes[turn % _SAMPLE :: _SAMPLE]
+        lowest = len(sample) - _wanted(len(sample), count)
+        places = np.flatnonzero(magnitudes >= np.partition(sample, lowest)[lowest])
+        if not count <= len(places) <= _most(count):
+            places = np.sort(np.argpartition(magnitudes, BLOCK - count)[BLOCK - count :])
+        pieces += [places[run] + begin for run in _runs(len(places), count, turn)]
+    return np.concatenate(pieces)
+
+
+def _wanted(sampled: int, count: int) -> int:
+    """Return how many of a block's sample are to lie above the threshold, with a margin."""
+    return min(sampled, math.ceil(_MARGIN * count / _SAMPLE) + 8)
+
+
+def _most(count: int) -> int:
+    """Return up to how many candidates a run of them is good enough.
+
+    Where there are more, such as all the zeros of an embedding's gradient, the sample has missed the large ones, and the block is
+    searched exactly.
+    """
+    return 2 * count + 64 * _SAMPLE
+
+
+def _runs(found: int, count: int, turn: int) -> tuple[slice, slice]:
+    """Return a run of ``count`` of a block's candidates that goes round, in two pieces where it passes the end."""
+    start = -turn * 7919 % found
+    wrapped = max(0, start + count - found)
+    return slice(0, wrapped), slice(start, start + count - wrapped)
 
 
 def _select_blocks(table: Tensor, count: int, turn: int) -> Tensor:
@@ -138,24 +173,17 @@ def _select_blocks(table: Tensor, count: int, turn: int) -> Tensor:
     if count == size:
         return torch.arange(blocks * size, device=table.device)
     sample = table[:, turn % _SAMPLE :: _SAMPLE].contiguous()
-    wanted = min(sample.shape[1], math.ceil(_MARGIN * count / _SAMPLE) + 8)
+    wanted = _wanted(sample.shape[1], count)
     thresholds = sample.kthvalue(sample.shape[1] + 1 - wanted, dim=1, keepdim=True).values
     above = table >= thresholds
     found = above.sum(dim=1)
-    short = (found < count).nonzero()[:, 0]
-    if len(short):
-        exact = table[short].topk(count, dim=1, sorted=False).indices
-        above[short] = above.new_zeros(len(short), size).scatter_(1, exact, True)
-        found[short] = count
+    missed = ((found < count) | (found > _most(count))).nonzero()[:, 0]
+    if len(missed):
+        exact = table[missed].topk(count, dim=1, sorted=False).indices
+        above[missed] = above.new_zeros(len(missed), size).scatter_(1, exact, True)
+        found[missed] = count
     places = _nonzero(above.view(-1))
-    # Of each block's candidates, a run of ``count`` that goes round is kept, in two pieces where it passes the end.
-    pieces, begin = [], 0
-    for number in found.tolist():
-        start = -turn * 7919 % number
-        wrapped = max(0, start + count - number)
-        pieces += [places[begin : begin + wrapped], places[begin + start : begin + start + count - wrapped]]
-        begin += number
-    return torch.cat(pieces)
+    return torch.cat([part[run] for part in places.split(found.tolist()) for run in _runs(len(part), count, turn)])
 
 
 def _nonzero(flags: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fulgurite.callbacks.gradient_pruning import wire
 from fulgurite.callbacks.gradient_pruning.wire import BLOCK, Layout, pack, select, sparse_pays, unpack
 
 sizes = st.one_of(st.integers(1, 400), st.integers(BLOCK - 2, BLOCK + 2), st.just(3 * BLOCK + 17))
@@ -86,3 +87,23 @@ def test_a_sparse_exchange_stops_paying_with_more_ranks():
     assert sparse_pays(0.05, 32, dense_bytes=4)
     assert sparse_pays(0.9, 2)
     assert not sparse_pays(0.95, 2)
+
+
+@pytest.mark.parametrize("count", [1, 655, 6553, 65535, 65536])
+@pytest.mark.parametrize("values", ["normal", "few", "nan"])
+def test_blocks_together_and_one_by_one_select_the_same(count, values):
+    vector = torch.randn(3 * wire.BLOCK, generator=torch.Generator().manual_seed(0))
+    if values == "few":  # a sample says too little of them
+        vector = torch.where(torch.arange(len(vector)) % 5000 == 17, vector, torch.zeros(()))
+    if values == "nan":
+        vector[70000] = float("nan")
+    for turn in (0, 3):
+        together = wire._select_blocks(vector.view(-1, wire.BLOCK).abs(), count, turn)
+        one_by_one = torch.from_numpy(wire._select_one_by_one(vector.numpy(), count, turn))
+        assert len(one_by_one) == len(together) == 3 * count
+        if values == "normal":
+            assert torch.equal(one_by_one, together)
+        chosen = vector[one_by_one].abs()
+        assert len(set(one_by_one.tolist())) == 3 * count
+        if values == "few":
+            assert int((chosen > 0).sum()) >= min(3 * count, 3 * 12)
