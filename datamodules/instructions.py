@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from ..errors import nearest
 from .base import TokenDataModule
 from .documents import DataError, check_documents, read_rows
+from .packing import left_padded
 
 
 class InstructionDataModule(TokenDataModule):
@@ -125,15 +126,9 @@ class InstructionDataModule(TokenDataModule):
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if "labels" in examples[0]:
             return super()._collate(examples)
-        pad = self.tokenizer.pad_token_id or 0
-        longest = max(len(example["input_ids"]) for example in examples)
-        batch: dict[str, list] = {"input_ids": [], "attention_mask": []}
-        for example in examples:
-            ids = example["input_ids"]
-            missing = longest - len(ids)
-            batch["input_ids"].append(torch.nn.functional.pad(ids, (missing, 0), value=pad))
-            batch["attention_mask"].append(torch.nn.functional.pad(torch.ones_like(ids), (missing, 0)))
-        return {name: torch.stack(rows) for name, rows in batch.items()}
+        prompts = [example["input_ids"].tolist() for example in examples]
+        ids, mask = left_padded(prompts, self.tokenizer.pad_token_id or 0)
+        return {"input_ids": ids, "attention_mask": mask}
 
     def hashes(self) -> dict[str, str]:
         """Return the hashes of the rows and the tokenizer's fingerprint."""

@@ -1,5 +1,6 @@
 """Documents packed into blocks of equal length, with their boundaries kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,3 +148,14 @@ def collate(examples: list[dict[str, Any]], pad: int = 0) -> dict[str, Any]:
     if "soft_labels" in examples[0]:
         batch["soft_labels"] = SoftLabels.concatenate([example["soft_labels"] for example in examples])
     return batch
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask, int64 [rows, longest], padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = torch.tensor(row)
+        mask[number, longest - len(row) :] = 1
+    return ids, mask

@@ -40,3 +40,13 @@ def documents_file(tmp_path):
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": prose(5 + 7 * n % 60, n)}) + "\n" for n in range(40)))
     return path
+
+
+@pytest.fixture
+def long_documents(tmp_path):
+    """Sixty documents of about 350 bytes, one a row."""
+    import json
+
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": prose(60, n)}) + "\n" for n in range(60)))
+    return str(path)

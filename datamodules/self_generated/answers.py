@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ...files import cache_folder, digest, write_json
 from ...modules.linear_loss import linear_loss
 from ...modules.pretrained import head_weight, model_identity
+from ..packing import left_padded
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,6 @@ class AnswerCache:
             answer = row[: stops[0] + 1] if stops else row
             rows.append({"prompt": index, "ids": answer, "cut": not stops})
         return rows
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask, int64 [rows, longest], padded on the left."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = torch.tensor(row)
-        mask[number, longest - len(row) :] = 1
-    return ids, mask
 
 
 @torch.no_grad()

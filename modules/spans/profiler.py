@@ -116,6 +116,6 @@ class SpanProfiler:
             return influences(model, text.ids, text.answer_start, rules, sink=sink, loss=self.loss, plan=plan)
 
         settings = [[[rule.alpha, rule.beta] for rule in rules], sink, self.loss]
-        settings += [] if plan is None else [plan.to_json()["rules"]]
+        settings += [] if plan is None else [plan.to_json()["rules"], plan.sink]
         values = measure(model, "profile", settings, texts, one, processes)
         return SpanProfile(rules, [text.length for text in texts], values)

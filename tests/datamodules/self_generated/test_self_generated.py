@@ -23,10 +23,8 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def documents(tmp_path):
-    path = tmp_path / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": prose(60, n)}) + "\n" for n in range(60)))
-    return str(path)
+def documents(long_documents):
+    return long_documents
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from fulgurite.experiments.spans import measure
 from fulgurite.modules.pretrained import load_model
 from fulgurite.modules.spans import DENSE, SpanPlan, SpanRule
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
-from tests.conftest import prose
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +19,8 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def documents(tmp_path):
-    path = tmp_path / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": prose(80, n)}) + "\n" for n in range(20)))
-    return str(path)
+def documents(long_documents):
+    return long_documents
 
 
 @pytest.fixture
@@ -122,8 +119,8 @@ def test_short_documents_are_refused(tmp_path):
 
 def test_documents_come_again_in_another_order(documents):
     texts = measure._texts("documents", documents, random.Random(0))
-    first = [next(texts) for _ in range(20)]
-    again = [next(texts) for _ in range(20)]
+    first = [next(texts) for _ in range(60)]
+    again = [next(texts) for _ in range(60)]
     assert sorted(first) == sorted(again)
     assert first != again
 

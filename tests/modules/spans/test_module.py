@@ -31,15 +31,6 @@ def calibration(documents_file, **settings):
     return SelfGeneratedCalibration(str(documents_file), **{**small, **settings})
 
 
-@pytest.fixture
-def long_documents(tmp_path):
-    from tests.conftest import prose
-
-    path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps({"text": prose(60, n)}) + "\n" for n in range(60)))
-    return path
-
-
 def pruning(**settings):
     return SpanPruning("random:tiny", **{"density": 0.3, "candidates": CANDIDATES, **settings})
 
