@@ -291,9 +291,13 @@ class SelfGeneratedCalibration(TokenDataModule):
                 prompts += [question(form, text, answer) for text, answer in asked[:count]]
                 continue
             for length in lengths:
-                for _ in range(count):
-                    one = summary(form, filler, length) if kind == "summary" else retrieval(form, filler, length, generator)
-                    prompts.append(one)
+                for number in range(count):
+                    if kind == "summary":
+                        prompts.append(summary(form, filler, length))
+                        continue
+                    # Keys at all depths, however few there are.
+                    depth = (number + generator.random()) / count
+                    prompts.append(retrieval(form, filler, length, generator, depth=depth))
         return prompts
 
     def _examples(self, form: PromptForm, prompts: list[Prompt], model: PreTrainedModel | None) -> list[CalibrationExample]:

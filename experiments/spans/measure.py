@@ -201,7 +201,7 @@ def ranking(
         data.prepare_data()
         assert data.train_set is not None
         sets.append(answered(data.train_set))
-    short = SpanRule(min(candidates.alphas), min(candidates.betas))
+    short = candidates.shortest
     profile = SpanProfiler(candidates, loss=chosen.loss).profile(loaded, sets[0])
     ours = profile.mean(chosen.form, chosen.rows)[:, :, profile.rules.index(short)]
     changes = ablate(loaded, sets[1], short, sink=candidates.sink, loss="margin")

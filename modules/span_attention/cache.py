@@ -75,7 +75,7 @@ class Slots:
         return self._turn
 
     def _seen_from(self, query: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        span = np.maximum(1, self.rule.alpha + np.floor(self.rule.beta * (query + 1)).astype(np.int64))
+        span = np.maximum(self.rule.least, self.rule.alpha + np.floor(self.rule.beta * (query + 1)).astype(np.int64))
         return (keys >= 0) & ((keys < self.sink) | (query - keys < span))
 
     def _one(self, seen: int, new: np.ndarray) -> Turn:
@@ -91,7 +91,7 @@ class Slots:
             if self.positions.shape[1] > self.capacity:
                 grow = max(1, self.capacity // 64)
                 if self.rule.beta == 0:  # it grows no further
-                    grow = max(1, min(grow, self.sink + self.rule.alpha - self.capacity))
+                    grow = max(1, min(grow, self.sink + self.rule.span(0) - self.capacity))
                 self.capacity += grow
         rows = np.arange(len(slots))
         self.positions[rows, slots] = new[:, 0]

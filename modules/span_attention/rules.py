@@ -1,15 +1,15 @@
 """Which keys a head may see: a rule for each key/value head, all of them together a plan.
 
 A query at position i (counted from 0, padding left out) sees the first ``sink`` positions and the last ``alpha + beta (i + 1)``
-ones, itself included: the elastic rules of MoA (arXiv 2406.14909), with a row's own position for its length, so that a text that
-grows token by token sees what it would see all at once. ``beta`` is at most 1, so a key that has fallen out never comes back,
-and a cache may forget it.
+ones, at least ``least``, itself included: the elastic rules of MoA (arXiv 2406.14909), with a row's own position for its length,
+so that a text that grows token by token sees what it would see all at once. ``beta`` is at most 1, so a key that has fallen out
+never comes back, and a cache may forget it.
 """
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ class SpanRule:
     Args:
         alpha: Positions at any length; below 0 it takes away from what ``beta`` gives.
         beta: Positions for each position of the text, 0 to 1; with an alpha of 0, 1 sees everything.
+        least: Positions that it sees in any case, 1 or more.
 
     Raises:
         InputError: If a number is out of range.
@@ -40,16 +41,17 @@ class SpanRule:
 
     alpha: int
     beta: float = 0.0
+    least: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1 or (self.alpha < 1 and self.beta == 0):
+        if not 0 <= self.beta <= 1 or self.least < 1:
             raise InputError(
-                f"alpha={self.alpha}, beta={self.beta} is no span. Legal: beta from 0 to 1, and alpha 1 or more where beta is 0."
+                f"alpha={self.alpha}, beta={self.beta}, least={self.least} is no span. Legal: beta from 0 to 1, least 1 or more."
             )
 
     def span(self, position: int) -> int:
-        """Return how many of the last positions, itself included, the query at a position sees; at least 1."""
-        return max(1, self.alpha + math.floor(self.beta * (position + 1)))
+        """Return how many of the last positions, itself included, the query at a position sees."""
+        return max(self.least, self.alpha + math.floor(self.beta * (position + 1)))
 
     def kept(self, length: int, sink: int) -> int:
         """Return how many keys the last query of a text sees, sink included."""
@@ -109,7 +111,7 @@ class SpanPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
-        rules = [None if layer is None else [[rule.alpha, rule.beta] for rule in layer] for layer in self.rules]
+        rules = [None if layer is None else [list(astuple(rule)) for rule in layer] for layer in self.rules]
         return {"version": 1, "sink": self.sink, "rules": rules, "notes": self.notes or {}}
 
     @classmethod
@@ -123,7 +125,7 @@ class SpanPlan:
             if data["version"] != 1:
                 raise InputError(f"{where}: version {data['version']} of a span plan is newer than this program. Update it.")
             rules = tuple(
-                None if layer is None else tuple(SpanRule(int(alpha), float(beta)) for alpha, beta in layer)
+                None if layer is None else tuple(SpanRule(int(alpha), float(beta), int(least)) for alpha, beta, least in layer)
                 for layer in data["rules"]
             )
             return cls(rules, int(data["sink"]), dict(data["notes"]))

@@ -16,7 +16,7 @@ BLOCK = 256  # queries whose mask exists at the same time
 
 def span_at(rule: SpanRule, positions: Tensor) -> Tensor:
     """Return ``rule.span`` of int64 positions of any shape."""
-    return (torch.floor(rule.beta * (positions + 1).double()).long() + rule.alpha).clamp(min=1)
+    return (torch.floor(rule.beta * (positions + 1).double()).long() + rule.alpha).clamp(min=rule.least)
 
 
 def spans_at(rules: Sequence[SpanRule], positions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def ablate(
     Returns:
         float64 [texts, layers, key/value heads]; 0 for layers with their own window.
     """
-    settings = [rule.alpha, rule.beta, sink, loss]
+    settings = [astuple(rule), sink, loss]
     return measure(model, "ablation", settings, texts, lambda text: _changes(model, text, rule, sink, loss), processes)
 
 

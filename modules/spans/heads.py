@@ -1,6 +1,7 @@
 """Scores that other methods give a head, to tell those that need the whole text from those that do not."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def gate_values(
         0 (short) to 1 (everything), float64 [layers, key/value heads].
     """
     everything = Answered(torch.cat([text.ids for text in texts]), sum(text.answer_start for text in texts), 0)
-    settings = [rule.alpha, rule.beta, sink, steps, learning_rate, penalty]
+    settings = [astuple(rule), sink, steps, learning_rate, penalty]
 
     def train(_: Answered) -> np.ndarray:
         return _train_gates(model, texts, rule, sink, steps, learning_rate, penalty)

@@ -51,7 +51,8 @@ class SpanPruning(LanguageModel):
         planner: How spans are chosen: ``Influence``, or ``UniformWindow``, ``Shuffled``, ``InductionHeads``, ``HeadGates``,
             ``Ablation`` to compare with.
         candidates: The rules that heads may get.
-        budget_lengths: Lengths in tokens at which the density holds; None takes the length levels of the data.
+        budget_lengths: Lengths in tokens at which the density holds; None takes the length levels of the data and
+            the longest text that the model takes.
         rules_per_layer: How many distinct rules a layer may have; None for any number.
         check: Compare the profile's costs with ablation, head by head, on this many of the training examples; 0 does not.
         kl_weight: Share of the divergence from the dense model in the training loss, 0 to 1; the answers' cross-entropy has the
@@ -114,6 +115,7 @@ class SpanPruning(LanguageModel):
             )
         self.density, self.planner, self.candidates = density, planner or Influence(), candidates
         self.budget_lengths, self.rules_per_layer, self.check, self.kl_weight = budget_lengths, rules_per_layer, check, kl_weight
+        self._longest = set() if most is None else {int(most)}
         self.plan: SpanPlan | None = None
         self._dense: list[PreTrainedModel] = []  # in a list: no part of checkpoints, of DDP or of the optimizer
 
@@ -139,10 +141,14 @@ class SpanPruning(LanguageModel):
                 f"strategy: {type(strategy).__name__} may split the weights, and heads are profiled on whole ones. Legal: one "
                 "device, or ddp."
             )
-        lengths = self.budget_lengths or [length for length in getattr(data, "lengths", []) if length]
-        if lengths:
-            Budget(self.density, tuple(lengths), self.candidates, self.rules_per_layer)
+        levels = {length for length in getattr(data, "lengths", []) if length}
+        if self.budget_lengths or levels:
+            self._budget(levels)
         return []
+
+    def _budget(self, levels: set[int]) -> Budget:
+        lengths = set(self.budget_lengths or levels | self._longest)
+        return Budget(self.density, tuple(sorted(lengths)), self.candidates, self.rules_per_layer)
 
     def on_fit_start(self) -> None:
         """Profile, plan and validate; a run that goes on from a checkpoint has its plan."""
@@ -151,20 +157,20 @@ class SpanPruning(LanguageModel):
         if self.plan is None:
             dense = self.model.eval()
             texts = answered(data.train_set)
-            lengths = self.budget_lengths or sorted({text.length for text in texts} - {0}) or [max(len(t.ids) for t in texts)]
-            budget = Budget(self.density, tuple(lengths), self.candidates, self.rules_per_layer)
+            budget = self._budget({text.length for text in texts} - {0} or {max(len(text.ids) for text in texts)})
             processes = Processes(self.global_rank, self.trainer.world_size, strategy.barrier, strategy.broadcast)
             plans = self.planner.plans(self.model, texts, budget, processes)
             checked = self._checked(texts, budget, processes) if self.check else {}
             held_out = answered(data.val_set) if data.val_set is not None else []
             measured = processes.of_first(lambda: fidelity(dense, plans, held_out)) if held_out else []
             best = min(range(len(plans)), key=lambda number: measured[number].loss if measured else 0.0)
-            notes = {"density": {str(length): plans[best].density(length) for length in lengths}, **(plans[best].notes or {})}
+            densities = {str(length): plans[best].density(length) for length in budget.lengths}
+            notes = {"density": densities, **(plans[best].notes or {})}
             if measured:
                 notes["validation"] = dataclasses.asdict(measured[best])
             plan = dataclasses.replace(plans[best], notes=notes | checked)
             self._use(plan)
-            self._show(plan, max([*lengths, *getattr(data, "val_lengths", [])]))
+            self._show(plan, max(len(text.ids) for text in [*texts, *held_out]))
             self.model.train()
         if self.kl_weight:
             self._dense = [load_model(self.source.name, "bfloat16").requires_grad_(False).to(self.device)]  # type: ignore[arg-type]

@@ -38,20 +38,20 @@ class SpanPlanner(ABC):
 class Influence(SpanPlanner):
     """The rules whose first-order cost on the model's own answers is least, by a mixed-integer program.
 
-    MoA (arXiv 2406.14909) is ``form: published, rows: all, loss: cross_entropy``.
+    MoA (arXiv 2406.14909) is ``form: published, rows: all, loss: cross_entropy, rounds: 0``.
 
     Args:
         form: How the effects of dropped keys are summed: ``net``, ``absolute`` or ``published``.
         rows: Rows of the attention maps that count: those of the ``answer``, or ``all``.
         loss: What the influence is upon: the answer's ``margin`` or ``cross_entropy``.
         rounds: How often the model is profiled again with the spans found so far; each time costs are the mean of those at the
-            dense model and those at the plan, and the plans of all rounds are there to choose from.
+            dense model and those at the plan.
 
     Raises:
         InputError: If ``rounds`` is below 0.
     """
 
-    def __init__(self, *, form: Form = "net", rows: Rows = "all", loss: Loss = "margin", rounds: int = 0) -> None:
+    def __init__(self, *, form: Form = "absolute", rows: Rows = "answer", loss: Loss = "margin", rounds: int = 1) -> None:
         if rounds < 0:
             raise InputError(f"rounds={rounds} is below 0. Legal: 0 or more.")
         self.form: Form = form
@@ -62,7 +62,7 @@ class Influence(SpanPlanner):
     def plans(
         self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
     ) -> list[SpanPlan]:
-        """Return the plans that are best for some mixture of length levels, those of the last round first."""
+        """Return the plans that are best for some mixture of length levels; the first is for all alike."""
         profiler = SpanProfiler(budget.candidates, loss=self.loss)
         dense = profiler.profile(model, texts, processes)
         plans: list[SpanPlan] = []
@@ -71,7 +71,7 @@ class Influence(SpanPlanner):
             table = costs.costs(self.form, self.rows)
             # One process solves for all: a solver that is stopped by its clock may end anywhere.
             solve = functools.partial(pareto_plans, table, dense.rules, budget, model.config)
-            plans = [*processes.of_first(solve), *plans]
+            plans = processes.of_first(solve)
         return plans
 
 

@@ -1,7 +1,7 @@
 """Profiles of a model's heads: what every candidate rule would cost each of them, text by text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -14,10 +14,13 @@ from .measurements import ALONE, Answered, Loss, Processes, measure
 
 @dataclass(frozen=True)
 class CandidateRules:
-    """The rules that heads may get: every alpha with every beta, and the whole text.
+    """The rules that heads may get: every alpha with every beta, the window alone, and the whole text.
+
+    An alpha below 0 makes rules that see more of a long text than of a short one.
 
     Args:
         sink: First positions that every head sees.
+        window: Last positions that every head sees.
         alphas: Positions at any length.
         betas: Positions for each position of the text.
 
@@ -26,20 +29,37 @@ class CandidateRules:
     """
 
     sink: int = 16
-    alphas: list[int] = field(default_factory=lambda: [32, 128, 512])
-    betas: list[float] = field(default_factory=lambda: [0.0, 0.0625, 0.125, 0.25, 0.5])
+    window: int = 32
+    alphas: list[int] = field(default_factory=lambda: [-384, 0, 128, 512])
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.125, 0.25, 0.5, 1.0])
 
     def check(self) -> None:
         """Raise an InputError for numbers out of range."""
         if self.sink < 0:
             raise InputError(f"sink={self.sink} is below 0. Legal: 0 positions or more.")
+        if self.window < 1:
+            raise InputError(
+                f"window={self.window} leaves a head without the token that it stands at. Legal: 1 position or more."
+            )
         if not self.alphas or not self.betas:
-            raise InputError("alphas and betas each need at least one number, such as alphas: [32], betas: [0].")
+            raise InputError("alphas and betas each need at least one number, such as alphas: [0], betas: [0, 0.5].")
         self.rules()
 
     def rules(self) -> list[SpanRule]:
         """Return the rules, each once."""
-        return sorted({SpanRule(alpha, float(beta)) for alpha in self.alphas for beta in self.betas} | {DENSE})
+        partial = {
+            SpanRule(alpha, float(beta), self.window)
+            for alpha in self.alphas
+            for beta in self.betas
+            # The others see what the shortest does, or everything.
+            if (beta > 0 or alpha > self.window) and (alpha < 0 or beta < 1)
+        }
+        return sorted(partial | {self.shortest, DENSE})
+
+    @property
+    def shortest(self) -> SpanRule:
+        """The rule that sees least: the window alone."""
+        return SpanRule(0, 0.0, self.window)
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,7 @@ class SpanProfiler:
         def one(text: Answered) -> np.ndarray:
             return influences(model, text.ids, text.answer_start, rules, sink=sink, loss=self.loss, plan=plan)
 
-        settings = [[[rule.alpha, rule.beta] for rule in rules], sink, self.loss]
+        settings = [[astuple(rule) for rule in rules], sink, self.loss]
         settings += [] if plan is None else [plan.to_json()["rules"], plan.sink]
         values = measure(model, "profile", settings, texts, one, processes)
         return SpanProfile(rules, [text.length for text in texts], values)

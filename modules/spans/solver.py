@@ -46,11 +46,11 @@ class Budget:
 
         self.candidates.check()
         for length in self.lengths:
-            least = min(rule.kept(length, self.sink) for rule in self.candidates.rules())
+            least = self.shortest.kept(length, self.sink)
             if least > self.density * length:
                 raise InputError(
                     f"density={self.density} leaves {self.density * length:.0f} of {length} tokens, and the shortest rule with a "
-                    f"sink of {self.sink} keeps {least}. Raise density, lower sink or alphas, or leave out that length."
+                    f"sink of {self.sink} keeps {least}. Raise density, lower sink or window, or leave out that length."
                 )
 
     @property
@@ -60,8 +60,8 @@ class Budget:
 
     @property
     def shortest(self) -> SpanRule:
-        """The candidate that keeps least at the longest length."""
-        return min(self.candidates.rules(), key=lambda rule: rule.kept(max(self.lengths), self.sink))
+        """The candidate that keeps least."""
+        return self.candidates.shortest
 
 
 def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget) -> np.ndarray:

@@ -41,7 +41,7 @@ KINDS = {
         {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
 }
-RULES = [SpanRule(5), SpanRule(1, 0.5), SpanRule(3, 0.25), SpanRule(9), DENSE, SpanRule(1)]
+RULES = [SpanRule(5), SpanRule(1, 0.5), SpanRule(3, 0.25), SpanRule(9), DENSE, SpanRule(1), SpanRule(-20, 1.0, 6)]
 
 
 def model_of(kind):

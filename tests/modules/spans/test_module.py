@@ -18,7 +18,7 @@ from fulgurite.modules.pretrained import load_model
 from fulgurite.modules.spans import CandidateRules, SpanPlan, UniformWindow, plan_of
 from fulgurite.modules.student import StudentSpec
 
-CANDIDATES = CandidateRules(sink=4, alphas=[8, 32], betas=[0.0, 0.25])
+CANDIDATES = CandidateRules(sink=4, window=8, alphas=[0, 32], betas=[0.0, 0.25])
 
 
 def trainer(folder, **settings):

@@ -18,6 +18,7 @@ from fulgurite.modules.spans import (
     Influence,
     Shuffled,
     SpanProfiler,
+    SpanRule,
     UniformWindow,
 )
 from fulgurite.modules.spans.heads import induction_scores
@@ -26,7 +27,7 @@ from fulgurite.modules.spans.solver import pareto_plans, solve
 
 from ..span_attention.small import ids_of, model_of
 
-CANDIDATES = CandidateRules(sink=2, alphas=[4, 8], betas=[0.0, 0.25])
+CANDIDATES = CandidateRules(sink=2, window=4, alphas=[-16, 0, 8], betas=[0.0, 0.25, 1.0])
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def texts():
     limit=st.sampled_from([None, 1, 2]),
 )
 def test_the_program_finds_the_best_of_all_choices(costs, density, limit):
-    rules = [DENSE, *CandidateRules(sink=2, alphas=[4, 10], betas=[0.0]).rules()[1:], CANDIDATES.rules()[-1]]
+    rules = [DENSE, SpanRule(0, 0.0, 4), SpanRule(10), SpanRule(8, 0.25)]
     table = np.array(costs).reshape(2, 2, 4)
     budget = Budget(density, (64, 128), CANDIDATES, limit)
     kept = np.array([[rule.kept(length, 2) / length for rule in rules] for length in budget.lengths])
@@ -69,7 +70,7 @@ def test_only_plans_that_no_other_beats_are_kept():
     generator = np.random.default_rng(0)
     costs = {64: generator.random((3, 3, len(rules))), 96: generator.random((3, 3, len(rules)))}
     for table in costs.values():
-        table[:, :, 0] = 0
+        table[:, :, rules.index(DENSE)] = 0
     plans = pareto_plans(costs, rules, Budget(0.5, (64, 96), CANDIDATES), model.config)
     totals = [np.array(list(plan.notes["costs"].values())) for plan in plans]
     assert len(plans) > 1
@@ -146,7 +147,11 @@ def test_a_head_that_copies_has_the_induction_score():
         (lambda: Budget(0.5, (64,), CANDIDATES, 0), r"rules_per_layer=0"),
         (lambda: SpanProfiler(CandidateRules(sink=-1)), r"sink=-1 is below 0"),
         (lambda: SpanProfiler(CandidateRules(alphas=[])), r"each need at least one number"),
-        (lambda: SpanProfiler(CandidateRules(alphas=[0], betas=[0.0])), r"alpha=0, beta=0.0 is no span"),
+        (lambda: SpanProfiler(CandidateRules(window=0)), r"window=0 leaves a head without the token"),
+        (
+            lambda: SpanProfiler(CandidateRules(betas=[1.5])),
+            r"alpha=-384, beta=1.5, least=32 is no span. Legal: beta from 0 to 1",
+        ),
         (lambda: HeadGates(steps=0), r"steps=0 trains no gate"),
         (lambda: InductionHeads(tokens=0), r"tokens=0"),
     ],
