@@ -17,7 +17,10 @@ SMOLLM = "package:smollm2-135m-instruct"
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="plans made on so few texts miss keys far back", strict=False)
+@pytest.mark.xfail(
+    raises=AssertionError,
+    reason="plans made on so few texts miss keys far back, and a cache that grows holds up to 1/64 more than planned",
+)
 def test_real_model_with_spans_finds_a_key_in_a_long_text(tmp_path, monkeypatch):
     try:
         resolve_source(SMOLLM)
@@ -31,8 +34,7 @@ def test_real_model_with_spans_finds_a_key_in_a_long_text(tmp_path, monkeypatch)
     plan = plan_of(model.config)
     form = PromptForm(tokenizer)
     documents = list(read_documents("package:python-docs"))[::-1]
-    # Twice as far back as a uniform window of this size would see.
-    prompt = retrieval(form, Filler(iter(documents), tokenizer), 3000, random.Random(0), depth=0.5)
+    prompt = retrieval(form, Filler(iter(documents), tokenizer), 4000, random.Random(0), depth=0.4)
     ids = torch.tensor([form.ids(prompt.text)])
     cache = SpanCache(plan, model.config)
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, past_key_values=cache)
