@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ...errors import InputError
 from .flex import attend_flex
-from .rules import SpanPlan, SpanRule, groups_of
+from .rules import SpanPlan, SpanRule, groups_of, growth
 from .windows import HIDDEN, attend, attend_in_blocks
 
 
@@ -89,7 +89,7 @@ class Slots:
             self.positions = np.pad(self.positions, pad, constant_values=HIDDEN)
             visible = np.pad(visible, pad)
             if self.positions.shape[1] > self.capacity:
-                grow = max(1, self.capacity // 64)
+                grow = growth(self.capacity)
                 if self.rule.beta == 0:  # it grows no further
                     grow = max(1, min(grow, self.sink + self.rule.span(0) - self.capacity))
                 self.capacity += grow

@@ -57,6 +57,16 @@ class SpanRule:
         """Return how many keys the last query of a text sees, sink included."""
         return min(length, sink + self.span(length - 1))
 
+    def held(self, length: int, sink: int) -> int:
+        """Return for how many keys a cache has room at most when the last query of a text comes."""
+        kept = self.kept(length, sink)
+        return kept + (growth(kept) - 1 if self.beta else 0)
+
+
+def growth(room: int) -> int:
+    """Return by how many keys a cache with room for some grows at once: each time it copies them all."""
+    return max(1, min(16, room // 64))
+
 
 DENSE = SpanRule(0, 1.0)
 

@@ -1,21 +1,27 @@
 """How the spans of a plan are chosen: by influence, and by the methods that it is compared with."""
 
+import copy
 import dataclasses
-import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import InputError
-from ..span_attention.rules import DENSE, SpanPlan, SpanRule
+from ..span_attention.rules import DENSE, SpanPlan, SpanRule, full_layers
 from .ablation import ablate
 from .heads import gate_values, induction_scores
 from .influence import Form, Rows
 from .measurements import ALONE, Answered, Loss, Processes
-from .profiler import SpanProfiler
+from .profiler import SpanProfile, SpanProfiler
 from .solver import Budget, pareto_plans
+
+log = logging.getLogger(__name__)
+
+_QUESTION = 64  # rows before an answer that are likely to be those of the question
 
 
 class SpanPlanner(ABC):
@@ -36,9 +42,11 @@ class SpanPlanner(ABC):
 
 
 class Influence(SpanPlanner):
-    """The rules whose first-order cost on the model's own answers is least, by a mixed-integer program.
+    """The rules whose cost on the model's own answers is least, by a mixed-integer program; a few heads keep everything.
 
-    MoA (arXiv 2406.14909) is ``form: published, rows: all, loss: cross_entropy, rounds: 0``.
+    Costs are those of one backward pass a text, to first order. That order ranks heads well, but makes little of what a head
+    loses that sees half of a text. So the heads whose ablation costs most keep everything, and the program shares out the rest.
+    MoA (arXiv 2406.14909) is ``form: published, rows: all, loss: cross_entropy, rounds: 0, whole: [0]``.
 
     Args:
         form: How the effects of dropped keys are summed: ``net``, ``absolute`` or ``published``.
@@ -46,33 +54,88 @@ class Influence(SpanPlanner):
         loss: What the influence is upon: the answer's ``margin`` or ``cross_entropy``.
         rounds: How often the model is profiled again with the spans found so far; each time costs are the mean of those at the
             dense model and those at the plan.
+        whole: Shares of the kept cache that are spent on heads that keep everything; each that fits gives a plan, to choose from
+            by validation, the first one foremost. A single share gives all plans that are best for some mixture of length levels.
 
     Raises:
-        InputError: If ``rounds`` is below 0.
+        InputError: If ``rounds`` is below 0, or ``whole`` has a number that is no share, or none.
     """
 
-    def __init__(self, *, form: Form = "absolute", rows: Rows = "answer", loss: Loss = "margin", rounds: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        form: Form = "absolute",
+        rows: Rows = "answer",
+        loss: Loss = "margin",
+        rounds: int = 1,
+        whole: Sequence[float] = (0.45, 0.0, 0.3, 0.6),
+    ) -> None:
         if rounds < 0:
             raise InputError(f"rounds={rounds} is below 0. Legal: 0 or more.")
+        if not whole or not all(0 <= share <= 1 for share in whole):
+            raise InputError(f"whole={list(whole)}: each is a share of the kept cache, and one is needed. Legal: 0 to 1.")
         self.form: Form = form
         self.rows: Rows = rows
         self.loss: Loss = loss
-        self.rounds = rounds
+        self.rounds, self.whole = rounds, tuple(whole)
 
     def plans(
         self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes = ALONE
     ) -> list[SpanPlan]:
-        """Return the plans that are best for some mixture of length levels; the first is for all alike."""
+        """Return a plan for each share of whole heads that fits, or the plans of the only one."""
         profiler = SpanProfiler(budget.candidates, loss=self.loss)
         dense = profiler.profile(model, texts, processes)
-        plans: list[SpanPlan] = []
-        for turn in range(self.rounds + 1):
-            costs = dense if turn == 0 else dense.halfway(profiler.profile(model, texts, processes, plan=plans[0]))
-            table = costs.costs(self.form, self.rows)
+        worth = worth_of_heads(model, texts, budget, "cross_entropy", processes).mean(axis=0) if any(self.whole) else None
+
+        def best(profile: SpanProfile) -> list[SpanPlan]:
             # One process solves for all: a solver that is stopped by its clock may end anywhere.
-            solve = functools.partial(pareto_plans, table, dense.rules, budget, model.config)
-            plans = processes.of_first(solve)
+            return processes.of_first(lambda: self._best(profile, worth, budget, model.config))
+
+        plans = best(dense)
+        for _ in range(self.rounds):
+            plans = best(dense.halfway(profiler.profile(model, texts, processes, plan=plans[0])))
         return plans
+
+    def _best(self, profile: SpanProfile, worth: np.ndarray | None, budget: Budget, config: PreTrainedConfig) -> list[SpanPlan]:
+        costs, full = profile.costs(self.form, self.rows), np.array(full_layers(config))
+        plans: list[SpanPlan] = []
+        for share in self.whole:
+            whole = np.zeros((len(full), int(config.num_key_value_heads)), bool)
+            count = int(share * budget.density * whole[full].size)
+            if count and worth is not None:
+                # Of layers with their own attention no head is worth anything.
+                first = np.argsort(-np.where(full[:, None], worth, -np.inf), axis=None, kind="stable")[:count]
+                whole.reshape(-1)[first] = True
+            try:
+                found = pareto_plans(costs, profile.rules, budget, config, whole)
+            except InputError:
+                log.info("whole: %g of the cache for heads that keep everything does not fit the budget at every length", share)
+                continue
+            plans += found if len(self.whole) == 1 else found[:1]
+        if not plans:
+            raise InputError(
+                f"whole={list(self.whole)}: no share leaves room for all other heads within density={budget.density} at the "
+                f"lengths {list(budget.lengths)}. Add a smaller share, such as 0, or raise density."
+            )
+        return plans
+
+
+def worth_of_heads(
+    model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, loss: Loss, processes: Processes = ALONE
+) -> np.ndarray:
+    """Return how the answers' loss changes when one head alone has the shortest rule [texts, layers, key/value heads].
+
+    It has that rule in the rows of the question and the answer, and is measured in bfloat16: fast enough for all texts.
+
+    Args:
+        model: Dense, in evaluation mode.
+        texts: With the model's own answers.
+        budget: Its shortest rule counts.
+        loss: What is measured.
+        processes: Each takes its share of the texts.
+    """
+    reader = copy.deepcopy(model).to(torch.bfloat16)
+    return ablate(reader, texts, budget.shortest, sink=budget.sink, loss=loss, before=_QUESTION, processes=processes)
 
 
 class LongOrShort(SpanPlanner):
@@ -108,7 +171,7 @@ class Ablation(LongOrShort):
         self, model: PreTrainedModel, texts: Sequence[Answered], budget: Budget, processes: Processes
     ) -> Mapping[int, np.ndarray]:
         """Return the mean change of the loss at each length level."""
-        changes = ablate(model, texts, budget.shortest, sink=budget.sink, loss=self.loss, processes=processes)
+        changes = worth_of_heads(model, texts, budget, self.loss, processes)
         levels = np.array([text.length for text in texts])
         return {int(level): changes[levels == level].mean(axis=0).clip(min=0) for level in sorted(set(levels.tolist()))}
 

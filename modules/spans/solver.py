@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from ...errors import InputError
-from ..span_attention.rules import SpanPlan, SpanRule, full_layers
+from ..span_attention.rules import DENSE, SpanPlan, SpanRule, full_layers
 from .profiler import CandidateRules
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,14 @@ class Budget:
         return self.candidates.shortest
 
 
-def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget) -> np.ndarray:
+def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget, whole: np.ndarray | None = None) -> np.ndarray:
     """Return the rule of each head that costs least together, by the HiGHS solver of ``scipy.optimize.milp``.
 
     Args:
         costs: [layers, heads, rules], 0 or more; a layer that keeps its own attention is left out.
         rules: The candidates.
         budget: What may be spent.
+        whole: Heads that keep everything, bool [layers, heads]; None leaves all to the costs.
 
     Returns:
         Number of the rule for each head, int64 [layers, heads].
@@ -84,17 +85,23 @@ def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget) -> np.nd
 
     layers, per_layer, options = costs.shape
     heads = layers * per_layer
-    kept = np.array([[rule.kept(length, budget.sink) / length for rule in rules] for length in budget.lengths])
+    held = np.array([[rule.held(length, budget.sink) / length for rule in rules] for length in budget.lengths])
+    if budget.density == 1:
+        held = held.clip(max=1)
     tie = _TIE * costs.max(axis=2).sum() / heads + 1e-12
-    objective = (costs + tie * (1 - kept.mean(axis=0))).reshape(-1) / max(costs.max(), 1e-12)
+    objective = (costs + tie * (1 - held.mean(axis=0))).reshape(-1) / max(costs.max(), 1e-12)
     one = kron(identity(heads), np.ones((1, options)), format="csr")
-    size = csr_matrix(np.tile(kept, heads))
-    constraints = [(one, 1.0, 1.0), (size, -np.inf, np.full(len(kept), budget.density * heads))]
+    size = csr_matrix(np.tile(held, heads))
+    constraints = [(one, 1.0, 1.0), (size, -np.inf, np.full(len(held), budget.density * heads))]
+    least = np.zeros((heads, options))
+    if whole is not None:
+        least[whole.reshape(-1), rules.index(DENSE)] = 1.0
+    lower = least.reshape(-1)
     if budget.rules_per_layer is not None:
         # One more variable for each rule of each layer: whether any of its heads has it.
         used = layers * options
         spread = kron(kron(identity(layers), np.ones((per_layer, 1))), identity(options), format="csr")
-        objective = np.concatenate([objective, np.zeros(used)])
+        objective, lower = (np.concatenate([part, np.zeros(used)]) for part in (objective, lower))
         constraints = [(hstack([matrix, csr_matrix((matrix.shape[0], used))]), low, high) for matrix, low, high in constraints]
         constraints.append((hstack([identity(heads * options), -spread]), -np.inf, 0.0))
         limit = hstack([csr_matrix((layers, heads * options)), kron(identity(layers), np.ones((1, options)))])
@@ -102,7 +109,7 @@ def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget) -> np.nd
     best = milp(
         objective,
         integrality=np.ones(len(objective)),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(lower, 1.0),
         constraints=[LinearConstraint(vstack([matrix], format="csr"), low, high) for matrix, low, high in constraints],
         options={"mip_rel_gap": 1e-4, "time_limit": 60},
     )
@@ -117,7 +124,11 @@ def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget) -> np.nd
 
 
 def pareto_plans(
-    costs: Mapping[int, np.ndarray], rules: Sequence[SpanRule], budget: Budget, config: PreTrainedConfig
+    costs: Mapping[int, np.ndarray],
+    rules: Sequence[SpanRule],
+    budget: Budget,
+    config: PreTrainedConfig,
+    whole: np.ndarray | None = None,
 ) -> list[SpanPlan]:
     """Return the plans that are best for some mixture of length levels, those left out that another beats at every level.
 
@@ -126,6 +137,7 @@ def pareto_plans(
         rules: The candidates.
         budget: What may be spent.
         config: Of the model.
+        whole: Heads that keep everything, bool [layers, key/value heads]; None leaves all to the costs.
 
     Returns:
         One plan or more; their notes have the cost at each level.
@@ -137,7 +149,7 @@ def pareto_plans(
     weights += [np.eye(len(levels))[list(pair)].sum(axis=0) for pair in itertools.combinations(range(len(levels)), 2)]
     found: dict[bytes, np.ndarray] = {}
     for weight in weights[: 1 if len(levels) == 1 else None]:
-        choice = solve(np.tensordot(weight / weight.sum(), stack, 1), rules, budget)
+        choice = solve(np.tensordot(weight / weight.sum(), stack, 1), rules, budget, None if whole is None else whole[full])
         found.setdefault(choice.tobytes(), choice)
     choices = list(found.values())
     totals = [np.take_along_axis(stack, choice[None, :, :, None], 3).sum(axis=(1, 2, 3)) for choice in choices]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Mi
 from fulgurite.errors import InputError
 from fulgurite.modules.span_attention import DENSE, SpanCache, SpanPlan, SpanRule, apply_plan, flex, load, plan_of, remove_plan
 from fulgurite.modules.span_attention.attention import attentions
+from fulgurite.modules.span_attention.cache import Slots
 from fulgurite.modules.span_attention.windows import span_at
 
 from .small import KINDS, RULES, SIZES, ids_of, model_of, plan_for
@@ -79,6 +81,15 @@ def test_decoding_equals_the_masked_full_forward(kind):
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
         held = {rule: cache.book.slots[rule].positions.shape[1] for rule in cache.book.slots}
         assert all(held[rule] <= rule.kept(40, plan.sink) for rule in held)
+
+
+@pytest.mark.parametrize("rule", [DENSE, SpanRule(-100, 1.0, 8), SpanRule(20, 0.5), SpanRule(64)])
+def test_a_cache_that_grows_has_room_for_little_more(rule):
+    slots = Slots(rule, 4)
+    slots.advance(0, np.arange(1500)[None], np.array([1500]))
+    for seen in range(1500, 1800):
+        slots.advance(seen, np.array([[seen]]), np.array([seen + 1]))
+        assert rule.kept(seen + 1, 4) <= slots.capacity <= rule.held(seen + 1, 4) <= 1.02 * rule.kept(seen + 1, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,12 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from fulgurite.modules.span_attention.rules import SpanPlan, full_layers
-from fulgurite.modules.span_attention.runtime import apply_plan
+from fulgurite.modules.span_attention.runtime import apply_plan, remove_plan
 from fulgurite.modules.spans import DENSE, SpanRule
 from fulgurite.modules.spans import influence as module
-from fulgurite.modules.spans.ablation import ablate
+from fulgurite.modules.spans.ablation import ablate, exchange
 from fulgurite.modules.spans.fidelity import answer_states, fidelity
 from fulgurite.modules.spans.influence import influences
 from fulgurite.modules.spans.measurements import Answered, loss_of
@@ -130,6 +131,38 @@ def test_ablation_is_the_loss_with_one_head_cut(kind):
             plan = SpanPlan(tuple(cut if layer == number else whole for number, whole in enumerate(plain.rules)), SINK)
             ours = loss_of(answer_log_probabilities(apply_plan(model_of(kind), plan), text), ids[START:], "margin").mean()
             assert changes[layer, head] == pytest.approx(float(ours - dense), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_heads_are_exchanged_in_the_last_rows_alone(kind):
+    model, ids = model_of(kind), ids_of(1, LENGTH)[0]
+    text, plan = Answered(ids, START, 0), plan_for(model_of(kind))
+    other = SpanPlan.same(SpanRule(3), model.config, sink=plan.sink)
+    changes = exchange(model, [text], plan, other, loss="cross_entropy", before=20)[0]
+    start = START - 1 - 20
+
+    def loss(tail):
+        cache = DynamicCache()
+        with torch.no_grad():
+            apply_plan(model, plan)
+            model(ids[None, :start], past_key_values=cache)
+            logits = apply_plan(model, tail)(ids[None, start:-1], past_key_values=cache).logits[0, 20:]
+        remove_plan(model)
+        return float(torch.nn.functional.cross_entropy(logits, ids[START:]))
+
+    unchanged, seen = loss(plan), 0
+    for layer, rules in enumerate(plan.rules):
+        for head in range(3 if rules else 0):
+            own = (*rules[:head], SpanRule(3), *rules[head + 1 :])
+            tail = SpanPlan((*plan.rules[:layer], own, *plan.rules[layer + 1 :]), plan.sink)
+            assert changes[layer, head] == pytest.approx(loss(tail) - unchanged, abs=1e-5)
+            seen += abs(changes[layer, head]) > 1e-4
+    assert seen > 1
+    assert np.allclose(
+        exchange(model, [text], plan, other, loss="cross_entropy", before=LENGTH),
+        exchange(model, [text], plan, other, loss="cross_entropy"),
+        atol=1e-6,
+    )
 
 
 def test_fidelity_compares_with_the_dense_model():

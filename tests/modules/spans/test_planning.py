@@ -49,7 +49,9 @@ def test_the_program_finds_the_best_of_all_choices(costs, density, limit):
     rules = [DENSE, SpanRule(0, 0.0, 4), SpanRule(10), SpanRule(8, 0.25)]
     table = np.array(costs).reshape(2, 2, 4)
     budget = Budget(density, (64, 128), CANDIDATES, limit)
-    kept = np.array([[rule.kept(length, 2) / length for rule in rules] for length in budget.lengths])
+    kept = np.array(
+        [[min(rule.held(length, 2) / length, 1 if density == 1 else 2) for rule in rules] for length in budget.lengths]
+    )
     best = np.inf
     for choice in itertools.product(range(4), repeat=4):
         fits = (kept[:, list(choice)].mean(axis=1) <= density + 1e-9).all()
@@ -62,6 +64,29 @@ def test_the_program_finds_the_best_of_all_choices(costs, density, limit):
         assert all(len(set(row)) <= limit for row in found.tolist())
     # A thousandth of the costs may be spent to use up the cache.
     assert np.take_along_axis(table, found[:, :, None], 2).sum() <= best + 1e-3 * table.max(axis=2).sum() + 1e-6
+
+
+def test_heads_that_keep_everything_do():
+    rules = CANDIDATES.rules()
+    costs = np.random.default_rng(0).random((2, 3, len(rules)))
+    costs[:, :, rules.index(DENSE)] = 0
+    whole = np.array([[True, False, False], [False, False, True]])
+    for limit in (None, 2):
+        found = solve(costs, rules, Budget(0.5, (64, 256), CANDIDATES, limit), whole)
+        assert (found[whole] == rules.index(DENSE)).all()
+
+
+def test_whole_heads_are_those_whose_ablation_costs_most(monkeypatch):
+    monkeypatch.setattr("fulgurite.modules.spans.planners.worth_of_heads", lambda *args: np.arange(9.0).reshape(1, 3, 3))
+    tight = Budget(0.5, (20, 96), CANDIDATES)
+    # All of the cache for whole heads leaves too little for the others.
+    (plan,) = Influence(whole=[0.5, 1.0]).plans(model_of("llama"), texts(), tight)
+    assert plan.rules[2][1:] == (DENSE, DENSE)
+    with pytest.raises(InputError, match=r"whole=\[1.0\]: no share leaves room"):
+        Influence(whole=[1.0]).plans(model_of("llama"), texts(), tight)
+    # Layers with a window of their own have no such heads.
+    for plan in Influence(whole=[1.0]).plans(model_of("gemma3"), texts(), Budget(0.5, (64, 96), CANDIDATES)):
+        assert next(own for own in plan.rules if own)[2] == DENSE
 
 
 def test_only_plans_that_no_other_beats_are_kept():
@@ -82,9 +107,8 @@ def test_only_plans_that_no_other_beats_are_kept():
     "planner",
     [
         Influence(),
-        Influence(form="published", rows="all", loss="cross_entropy"),
-        Influence(form="absolute", rows="answer"),
-        Influence(rounds=2),
+        Influence(form="published", rows="all", loss="cross_entropy", rounds=0, whole=[0]),
+        Influence(rounds=2, whole=[0.5, 1.0]),
         Ablation(),
         InductionHeads(tokens=30),
         HeadGates(steps=4),
@@ -152,6 +176,8 @@ def test_a_head_that_copies_has_the_induction_score():
             lambda: SpanProfiler(CandidateRules(betas=[1.5])),
             r"alpha=-384, beta=1.5, least=32 is no span. Legal: beta from 0 to 1",
         ),
+        (lambda: Influence(rounds=-1), r"rounds=-1 is below 0"),
+        (lambda: Influence(whole=[0.5, 2]), r"whole=\[0.5, 2\]: each is a share"),
         (lambda: HeadGates(steps=0), r"steps=0 trains no gate"),
         (lambda: InductionHeads(tokens=0), r"tokens=0"),
     ],
