@@ -68,7 +68,7 @@ class Influence(SpanPlanner):
         rows: Rows = "answer",
         loss: Loss = "margin",
         rounds: int = 1,
-        whole: Sequence[float] = (0.45, 0.0, 0.3, 0.6),
+        whole: Sequence[float] = (0.45, 0.3, 0.6),
     ) -> None:
         if rounds < 0:
             raise InputError(f"rounds={rounds} is below 0. Legal: 0 or more.")
