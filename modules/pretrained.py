@@ -274,29 +274,49 @@ def needs_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return how many bytes of UTF-8 text each token stands for; special tokens stand for none.
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+    """Return the bytes of UTF-8 text that each token stands for [vocabulary]; None for special tokens.
 
     Args:
-        tokenizer: A byte-level BPE or a SentencePiece-like tokenizer.
+        tokenizer: Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM), or SentencePiece-like (Llama 2, Mistral, Gemma).
 
-    Returns:
-        int64 tensor [vocabulary size].
+    Raises:
+        SourceError: If it is of another kind, whose tokens do not spell their text.
     """
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    special = set(tokenizer.all_special_tokens)
-    spaced = any("▁" in token for token in tokens)  # SentencePiece writes a space as ▁, byte-level BPE as Ġ
-    lengths = []
-    for token in tokens:
-        if token in special:
-            lengths.append(0)
-        elif spaced and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            lengths.append(1)
-        elif spaced:
-            lengths.append(len(token.replace("▁", " ").encode()))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = str(json.loads(backend.to_str())["decoder"]) if backend is not None else ""
+    pieces = "▁" in decoder or "Metaspace" in decoder
+    if not pieces and "ByteLevel" not in decoder:
+        raise SourceError(
+            f"{type(tokenizer).__name__} is neither a byte-level tokenizer nor one of SentencePiece's kind, so its tokens do not "
+            "spell the text that they stand for. Use a model with such a tokenizer."
+        )
+    special, added, table = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder, _byte_of_character()
+    spelled: list[bytes | None] = []
+    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        if token is None or number in special or (number in added and added[number].special):
+            spelled.append(None)
+        elif number in added:
+            spelled.append(token.encode())
+        elif not pieces:
+            spelled.append(bytes(table[character] for character in token))
         else:
-            lengths.append(len(token))  # one character of a byte-level vocabulary is one byte
-    return torch.tensor(lengths)
+            single = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)  # SentencePiece writes a space as ▁
+            spelled.append(bytes([int(single[1], 16)]) if single else token.replace("▁", " ").encode())
+    return spelled
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return how many bytes of UTF-8 text each token stands for, int64 [vocabulary]; special tokens stand for none."""
+    return torch.tensor([len(part or b"") for part in token_bytes(tokenizer)])
 
 
 _PROBE = "Sand, struck by lightning: 3.14 × 10⁻² über\n\tdef f(x):\n        return x ** 2  # 雷 🌩"
