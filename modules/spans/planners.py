@@ -107,11 +107,9 @@ class Influence(SpanPlanner):
                 first = np.argsort(-np.where(full[:, None], worth, -np.inf), axis=None, kind="stable")[:count]
                 whole.reshape(-1)[first] = True
             try:
-                found = pareto_plans(costs, profile.rules, budget, config, whole)
+                plans += pareto_plans(costs, profile.rules, budget, config, whole, mixtures=len(self.whole) == 1)
             except InputError:
                 log.info("whole: %g of the cache for heads that keep everything does not fit the budget at every length", share)
-                continue
-            plans += found if len(self.whole) == 1 else found[:1]
         if not plans:
             raise InputError(
                 f"whole={list(self.whole)}: no share leaves room for all other heads within density={budget.density} at the "

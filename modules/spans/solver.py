@@ -111,7 +111,7 @@ def solve(costs: np.ndarray, rules: Sequence[SpanRule], budget: Budget, whole: n
         integrality=np.ones(len(objective)),
         bounds=Bounds(lower, 1.0),
         constraints=[LinearConstraint(vstack([matrix], format="csr"), low, high) for matrix, low, high in constraints],
-        options={"mip_rel_gap": 1e-4, "time_limit": 60},
+        options={"mip_rel_gap": 1e-3, "time_limit": 60},
     )
     if best.status == 1:
         log.warning("Planning was stopped after a minute; the plan may be a little worse than the best, and another next time.")
@@ -129,6 +129,8 @@ def pareto_plans(
     budget: Budget,
     config: PreTrainedConfig,
     whole: np.ndarray | None = None,
+    *,
+    mixtures: bool = True,
 ) -> list[SpanPlan]:
     """Return the plans that are best for some mixture of length levels, those left out that another beats at every level.
 
@@ -138,6 +140,7 @@ def pareto_plans(
         budget: What may be spent.
         config: Of the model.
         whole: Heads that keep everything, bool [layers, key/value heads]; None leaves all to the costs.
+        mixtures: Try mixtures of levels; otherwise there is one plan, for all levels alike.
 
     Returns:
         One plan or more; their notes have the cost at each level.
@@ -148,7 +151,7 @@ def pareto_plans(
     weights = [np.ones(len(levels)), *np.eye(len(levels))]
     weights += [np.eye(len(levels))[list(pair)].sum(axis=0) for pair in itertools.combinations(range(len(levels)), 2)]
     found: dict[bytes, np.ndarray] = {}
-    for weight in weights[: 1 if len(levels) == 1 else None]:
+    for weight in weights[: None if mixtures and len(levels) > 1 else 1]:
         choice = solve(np.tensordot(weight / weight.sum(), stack, 1), rules, budget, None if whole is None else whole[full])
         found.setdefault(choice.tobytes(), choice)
     choices = list(found.values())
