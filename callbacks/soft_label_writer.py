@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ..datamodules.soft_labels import SoftLabelAppender, StoredSequence, StoreHeader
+from ..datamodules.soft_labels.format import CODECS
+from ..datamodules.soft_labels.ranked import Values, ValueSteps
 from ..datamodules.soft_labels.store import prepare_store, sequence_layout
 from ..errors import InputError
 from ..modules.distillation import SoftLabelTeacher
@@ -36,6 +38,10 @@ class SoftLabelWriter(BasePredictionWriter):
         tokens: ``stored`` keeps the text's tokens, so that a student trains from the store alone; ``external`` leaves
             them out, and training needs the same text again.
         compression: Level of zstd, 1 (fast) to 19 (small).
+        codec: ``ranked-2`` rounds values and learns which ids are likely, to a third of the size; ``plain-1`` keeps bfloat16.
+        values: How ``ranked-2`` rounds probabilities: in even steps of the square root (``sqrt``), or of the logarithm (``log``)
+            for temperatures above 1 or reverse KL.
+        value_step: Size of the steps; None takes 0.01 for ``sqrt`` and 0.05 for ``log``.
         shard_bytes: A new file is begun when one has grown beyond this many bytes.
 
     Raises:
@@ -49,6 +55,9 @@ class SoftLabelWriter(BasePredictionWriter):
         *,
         tokens: Literal["stored", "external"] = "stored",
         compression: int = 3,
+        codec: Literal["ranked-2", "plain-1"] = "ranked-2",
+        values: Values = "sqrt",
+        value_step: float | None = None,
         shard_bytes: int = 1 << 28,
     ) -> None:
         super().__init__(write_interval="batch")
@@ -56,6 +65,10 @@ class SoftLabelWriter(BasePredictionWriter):
             raise InputError(f"tokens={tokens!r} is unknown. Legal: stored, external.")
         if not 1 <= compression <= 19:
             raise InputError(f"compression={compression} is no level of zstd. Legal: 1 to 19.")
+        if codec not in CODECS:
+            raise InputError(f"codec={codec!r} is unknown. Legal: {', '.join(CODECS)}.")
+        self.codec = codec
+        self.steps = ValueSteps(values, (0.01 if values == "sqrt" else 0.05) if value_step is None else value_step)
         if shard_bytes < 1 << 10:
             raise InputError(f"shard_bytes={shard_bytes} is too small for a sequence. Legal: 1024 or more.")
         self.store, self.tokens, self.compression, self.shard_bytes = Path(store), tokens, compression, shard_bytes
@@ -79,6 +92,9 @@ class SoftLabelWriter(BasePredictionWriter):
             weights=pl_module.weights,
             tokens=self.tokens,
             compression=self.compression,
+            codec=self.codec,
+            values=self.steps.values,
+            value_step=self.steps.step,
         )
         if trainer.is_global_zero:
             prepare_store(self.store, header)

@@ -56,7 +56,9 @@ def other_parsers() -> dict[str, ArgumentParser]:
     """Return parsers of the commands that the dispatcher answers itself, so that the shell completes them too."""
     parsers = {name: ArgumentParser() for name, (module, _) in COMMANDS.items() if module != "cli"}
     parsers["configs"].add_argument("--copy", help="Name of a config and a folder.")
-    parsers["labels"].add_argument("action", choices=["stats", "verify"], help="What to do with the store.")
+    parsers["labels"].add_argument(
+        "action", choices=["stats", "verify", "align"], help="What to do with the store, or with two tokenizers."
+    )
     for name in ("generate", "evaluate", "benchmark", "report", "sweep", "demo"):
         module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
         parsers[name].add_function_arguments(getattr(module, name))

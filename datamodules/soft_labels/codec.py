@@ -1,4 +1,4 @@
-"""The bytes of one sequence's soft labels. A store names its codec; another codec is another class in ``CODECS``."""
+"""One sequence's soft labels, and the plain way to write them; ``ranked`` has the small one. A store's header names its codec."""
 
 import struct
 from dataclasses import dataclass
@@ -125,6 +125,3 @@ class PlainCodec:
         padded = np.zeros((count, 32), dtype=np.uint8)
         padded[:, : self.bits] = bits
         return np.packbits(padded, axis=1, bitorder="little").view("<u4")[:, 0]
-
-
-CODECS: dict[str, type[PlainCodec]] = {PlainCodec.name: PlainCodec}

@@ -1,5 +1,6 @@
 """The files of a soft-label store: header, blocks, journal lines, keys. ``docs/soft-label-format.md`` shows the bytes."""
 
+import functools
 import hashlib
 import json
 import struct
@@ -14,9 +15,13 @@ import zstandard
 
 from ...files import write_json
 from ...modules.distillation import LabelSettings
-from .codec import CODECS, Codec, PlainCodec, StoredSequence, StoreError
+from .codec import Codec, PlainCodec, StoredSequence, StoreError
+from .ranked import RankedCodec, Values, ValueSteps
+from .tables import LabelTables, tables_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)
+CODECS = (RankedCodec.name, PlainCodec.name)
 HEADER = "header.json"
 _MAGIC = b"FLGB"
 _BLOCK = struct.Struct("<4sI16sI")  # magic, length of the payload, key, CRC-32 of the three and the payload
@@ -36,6 +41,8 @@ class StoreHeader:
         tokens: ``stored`` keeps every sequence's tokens; ``external`` only their hash.
         codec: Name of the record's codec.
         compression: Level of zstd.
+        values: How the codec ``ranked-2`` rounds probabilities; see ``ValueSteps``.
+        value_step: Size of the steps.
     """
 
     teacher: str
@@ -45,8 +52,10 @@ class StoreHeader:
     settings: LabelSettings
     weights: str
     tokens: Literal["stored", "external"] = "stored"
-    codec: str = PlainCodec.name
+    codec: str = RankedCodec.name
     compression: int = 3
+    values: Values = "sqrt"
+    value_step: float = 0.01
 
     def write(self, folder: Path) -> None:
         """Write the header into a store's folder, atomically."""
@@ -67,8 +76,8 @@ class StoreHeader:
             if fields.pop("format") != "fulgurite-soft-labels":
                 raise StoreError(f"{path} is not the header of a soft-label store.")
             version = fields.pop("version")
-            if version != FORMAT_VERSION:
-                raise StoreError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}. Capture again.")
+            if version not in _READABLE:
+                raise StoreError(f"{path} has format version {version}; this release reads 1 and 2. Update it, or capture again.")
             header = cls(**{**fields, "settings": LabelSettings(**fields["settings"])})
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error!r}). Restore the file or capture again.") from error
@@ -81,9 +90,22 @@ class StoreHeader:
         ours, theirs = asdict(self), asdict(other)
         return [f"{name} is {ours[name]} there, {theirs[name]} here" for name in ours if ours[name] != theirs[name]]
 
-    def make_codec(self) -> Codec:
-        """Return the codec that the header names."""
-        return CODECS[self.codec](self.vocabulary)
+    def make_codec(self, folder: Path, rank: int) -> Codec:
+        """Return the codec that the header names, for the shards of one process.
+
+        Args:
+            folder: Of the store, where the process's tables are.
+            rank: The process.
+        """
+        if self.codec == PlainCodec.name:
+            return PlainCodec(self.vocabulary)
+
+        @functools.cache
+        def tables(number: int) -> LabelTables:
+            return LabelTables.load(tables_path(folder, rank, number), self.vocabulary, codec.shapes)
+
+        codec = RankedCodec(self.vocabulary, ValueSteps(self.values, self.value_step), tables)
+        return codec
 
     def key(self, tokens: np.ndarray, starts: np.ndarray, supervised: np.ndarray) -> bytes:
         """Return the 16-byte key of a sequence: the hash of all that its labels depend on.

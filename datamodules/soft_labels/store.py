@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from ...modules.distillation import SoftLabels
-from .codec import StoredSequence, StoreError
+from .codec import Codec, StoredSequence, StoreError
 from .format import StoreHeader, journal_line, pack_block, read_journal, unpack_block, whole_blocks
+from .learner import TableLearner
+from .ranked import RankedCodec
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SoftLabelStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.header = StoreHeader.read(self.folder)
-        self._codec = self.header.make_codec()
+        self._codecs: dict[str, Codec] = {}
         self._places: dict[bytes, _Place] = {}
         self._maps: dict[str, mmap.mmap] = {}
         for journal in sorted(self.folder.glob("journal-*.jsonl")):
@@ -86,7 +88,7 @@ class SoftLabelStore:
         return key in self._places
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # worker processes map the files themselves
+        return {**self.__dict__, "_maps": {}, "_codecs": {}}  # worker processes map the files themselves
 
     def read(self, key: bytes) -> StoredSequence:
         """Return the sequence under a key.
@@ -100,7 +102,13 @@ class SoftLabelStore:
             with open(self.folder / place.shard, "rb") as file:
                 self._maps[place.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         block = self._maps[place.shard][place.offset : place.offset + place.length]
-        return unpack_block(block, key, self._codec, f"{self.folder / place.shard} at byte {place.offset}")
+        return unpack_block(block, key, self._codec(place.shard), f"{self.folder / place.shard} at byte {place.offset}")
+
+    def _codec(self, shard: str) -> Codec:
+        rank = shard.split("-")[1]
+        if rank not in self._codecs:
+            self._codecs[rank] = self.header.make_codec(self.folder, int(rank))
+        return self._codecs[rank]
 
     def example(self, key: bytes, tokens: np.ndarray | None = None) -> dict[str, Any]:
         """Return a training example: ``input_ids``, ``labels``, ``position_ids`` [length] and ``soft_labels``.
@@ -226,7 +234,7 @@ class SoftLabelAppender:
         self.folder = Path(folder)
         self.header = header
         self.rank, self.shard_bytes = rank, shard_bytes
-        self._codec = header.make_codec()
+        self._codec = header.make_codec(self.folder, rank)
         prepare_store(self.folder, header, write=rank == 0)
         self._lock = open(self.folder / f"writer-{rank:05d}.lock", "w")  # noqa: SIM115  (held until close)
         try:
@@ -239,6 +247,7 @@ class SoftLabelAppender:
         self._keys = set(SoftLabelStore(self.folder).keys)
         self._journal_path = self.folder / f"journal-{rank:05d}.jsonl"
         self._recover()
+        self._learner = self._make_learner()
         self._journal = open(self._journal_path, "ab", buffering=0)  # noqa: SIM115
         self._shard = open(self.folder / self._shard_name, "ab", buffering=0)  # noqa: SIM115
 
@@ -273,6 +282,14 @@ class SoftLabelAppender:
             if path.name > self._shard_name:
                 path.unlink()
 
+    def _make_learner(self) -> TableLearner | None:
+        if not isinstance(self._codec, RankedCodec):
+            return None
+        entries = read_journal(self._journal_path)[0] if self._journal_path.is_file() else []
+        store = SoftLabelStore(self.folder)
+        before = (store.read(bytes.fromhex(entry["key"])) for entry in reversed(entries))
+        return TableLearner(self._codec, self.folder, self.rank, before, sum(entry["tokens"] for entry in entries))
+
     @property
     def _shard_name(self) -> str:
         return f"labels-{self.rank:05d}-{self._number:05d}.flb"
@@ -298,6 +315,8 @@ class SoftLabelAppender:
             if key in self._keys:
                 continue
             self._keys.add(key)
+            if self._learner is not None:
+                self._learner.add(sequence)
             block = pack_block(key, sequence, self._codec, self.header.compression)
             lines.append(_entry(self._shard_name, offset, len(block), key, len(sequence.supervised)))
             blocks.append(block)

@@ -141,7 +141,7 @@ def _changes(
                     states = states[0] if isinstance(states, tuple) else states
                 changes[number, head] = value(model.base_model.norm(states)) - unchanged  # type: ignore[operator]
                 for held in cache.layers[number:] if cache is not None else []:
-                    held.crop(start - ids.shape[1])
+                    held.crop(start - ids.shape[1])  # type: ignore[union-attr]
             module.span_rules = own  # type: ignore[assignment]
     finally:
         remove_plan(model)

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import InputError
@@ -132,7 +131,7 @@ def worth_of_heads(
         loss: What is measured.
         processes: Each takes its share of the texts.
     """
-    reader = copy.deepcopy(model).to(torch.bfloat16)
+    reader = copy.deepcopy(model).bfloat16()
     return ablate(reader, texts, budget.shortest, sink=budget.sink, loss=loss, before=_QUESTION, processes=processes)
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from fulgurite.experiments.main import COMMANDS, main
+from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 
 
 def fulgurite(*words):
@@ -28,6 +29,21 @@ def test_labels_stats_and_verify(tmp_path, capsys):
         main(["labels", "verify", str(store.folder)])
     assert caught.value.code == 2
     assert "checksum does not fit" in capsys.readouterr().err
+
+
+def test_labels_align_shows_what_two_vocabularies_share(capsys, tmp_path):
+    other = tiny_tokenizer()
+    other.add_tokens(["sand and"])
+    model = tiny_model()
+    model.resize_token_embeddings(len(other))
+    model.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    main(["labels", "align", str(tmp_path), "random:tiny"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["teacher_tokens"], found["student_tokens"]) == (260, 259)
+    assert found["exact"] == pytest.approx(256 / 260)
+    assert found["none"] == pytest.approx(3 / 260)
+    assert found["examples"] == {"sand and": "s"}
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "configs"])

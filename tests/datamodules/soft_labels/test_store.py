@@ -13,7 +13,7 @@ VOCABULARY = 50
 
 
 def header(**changes):
-    fields = {"teacher": "a teacher", "teacher_fingerprint": "t" * 32, "tokenizer_fingerprint": "k" * 32}
+    fields = {"teacher": "a teacher", "teacher_fingerprint": "t" * 32, "tokenizer_fingerprint": "k" * 32, "codec": "plain-1"}
     return StoreHeader(**{**fields, "vocabulary": VOCABULARY, "settings": LabelSettings(k=3), "weights": "float32", **changes})
 
 
