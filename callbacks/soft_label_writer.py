@@ -68,6 +68,7 @@ class SoftLabelWriter(BasePredictionWriter):
         if codec not in CODECS:
             raise InputError(f"codec={codec!r} is unknown. Legal: {', '.join(CODECS)}.")
         self.codec = codec
+        self.values = values
         self.steps = ValueSteps(values, (0.01 if values == "sqrt" else 0.05) if value_step is None else value_step)
         if shard_bytes < 1 << 10:
             raise InputError(f"shard_bytes={shard_bytes} is too small for a sequence. Legal: 1024 or more.")
@@ -76,10 +77,15 @@ class SoftLabelWriter(BasePredictionWriter):
         self._mass_kept = np.zeros(len(_MASS_BINS) - 1, dtype=np.int64)
         self._appender: SoftLabelAppender | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the store, and ask the teacher only for what it lacks."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the teacher's labels can be written so, before it is loaded."""
         if not isinstance(pl_module, SoftLabelTeacher):
             raise InputError(f"SoftLabelWriter stores what SoftLabelTeacher predicts, not {type(pl_module).__name__}.")
+        ValueSteps(self.steps.values, self.steps.step, pl_module.selection.floor)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the store, and ask the teacher only for what it lacks."""
+        assert isinstance(pl_module, SoftLabelTeacher)
         assert pl_module.model is not None
         # Sequences are known by their keys, not by their places in the loader.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
@@ -93,7 +99,7 @@ class SoftLabelWriter(BasePredictionWriter):
             tokens=self.tokens,
             compression=self.compression,
             codec=self.codec,
-            values=self.steps.values,
+            values=self.values,
             value_step=self.steps.step,
         )
         if trainer.is_global_zero:

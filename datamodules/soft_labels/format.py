@@ -5,10 +5,10 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import zstandard
@@ -18,6 +18,8 @@ from ...modules.distillation import LabelSettings
 from .codec import Codec, PlainCodec, StoredSequence, StoreError
 from .ranked import RankedCodec, Values, ValueSteps
 from .tables import LabelTables, tables_path
+
+Decoded = TypeVar("Decoded")
 
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
@@ -90,6 +92,12 @@ class StoreHeader:
         ours, theirs = asdict(self), asdict(other)
         return [f"{name} is {ours[name]} there, {theirs[name]} here" for name in ours if ours[name] != theirs[name]]
 
+    def steps(self) -> ValueSteps:
+        """Return how the codec ``ranked-2`` rounds; the counts of ``random`` selection stay what they are."""
+        if self.settings.selection == "random":
+            return ValueSteps("even", 1 / (self.settings.k or 1))
+        return ValueSteps(self.values, self.value_step, self.settings.floor)
+
     def make_codec(self, folder: Path, rank: int) -> Codec:
         """Return the codec that the header names, for the shards of one process.
 
@@ -104,7 +112,7 @@ class StoreHeader:
         def tables(number: int) -> LabelTables:
             return LabelTables.load(tables_path(folder, rank, number), self.vocabulary, codec.shapes)
 
-        codec = RankedCodec(self.vocabulary, ValueSteps(self.values, self.value_step), tables)
+        codec = RankedCodec(self.vocabulary, self.steps(), tables)
         return codec
 
     def key(self, tokens: np.ndarray, starts: np.ndarray, supervised: np.ndarray) -> bytes:
@@ -115,7 +123,7 @@ class StoreHeader:
             starts: Positions at which a document's piece begins.
             supervised: Which tokens have a successor to predict [length].
         """
-        made_with = [self.teacher_fingerprint, self.tokenizer_fingerprint, asdict(self.settings), self.weights]
+        made_with = [self.teacher_fingerprint, self.tokenizer_fingerprint, self.settings.identity(), self.weights]
         digest = hashlib.blake2b(json.dumps(made_with, sort_keys=True).encode(), digest_size=16)
         for part in (tokens.astype("<u4"), starts.astype("<u4"), np.packbits(supervised, bitorder="little")):
             digest.update(len(part).to_bytes(8, "little") + part.tobytes())
@@ -129,13 +137,13 @@ def pack_block(key: bytes, sequence: StoredSequence, codec: Codec, compression: 
     return _BLOCK.pack(_MAGIC, len(payload), key, zlib.crc32(payload, zlib.crc32(head[:-4]))) + payload
 
 
-def unpack_block(block: bytes, key: bytes, codec: Codec, where: str) -> StoredSequence:
-    """Return the sequence of a block.
+def unpack_block(block: bytes, key: bytes, decode: Callable[[bytes], Decoded], where: str) -> Decoded:
+    """Return what a block's record holds.
 
     Args:
         block: The block's bytes.
         key: Key that the journal gives it.
-        codec: The store's codec.
+        decode: Reads the record: the codec's ``decode``.
         where: File and offset, for messages.
 
     Raises:
@@ -153,7 +161,7 @@ def unpack_block(block: bytes, key: bytes, codec: Codec, where: str) -> StoredSe
     if stored_key != key:
         raise StoreError(f"{where}: the block belongs to another sequence than the journal says. Capture again.")
     try:
-        return codec.decode(zstandard.ZstdDecompressor().decompress(payload))
+        return decode(zstandard.ZstdDecompressor().decompress(payload))
     except (zstandard.ZstdError, StoreError) as error:
         raise StoreError(f"{where}: the block cannot be read ({error}). Capture again.") from error
 
@@ -165,7 +173,7 @@ def whole_blocks(data: bytes, codec: Codec) -> Iterator[tuple[int, int, bytes, i
         _, length, key, _ = _BLOCK.unpack_from(data, offset)
         block = data[offset : offset + _BLOCK.size + length]
         try:
-            sequence = unpack_block(block, key, codec, "")
+            sequence = unpack_block(block, key, codec.decode, "")
         except StoreError:
             return
         yield offset, len(block), key, len(sequence.supervised)

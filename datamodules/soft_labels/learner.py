@@ -23,21 +23,21 @@ class TableLearner:
         codec: That writes.
         folder: Of the store.
         rank: The process.
-        before: Labelled sequences that it wrote when it was last here, the last one first; read as far as they are wanted.
+        before: Labels that it wrote when it was last here, the last one first; read as far as they are wanted.
         seen: Tokens that it wrote then.
     """
 
-    def __init__(self, codec: RankedCodec, folder: Path, rank: int, before: Iterable[StoredSequence], seen: int) -> None:
+    def __init__(self, codec: RankedCodec, folder: Path, rank: int, before: Iterable[RoundedLabels], seen: int) -> None:
         self._codec, self._folder, self._rank, self._seen = codec, folder, rank, seen
         codec.number = sum(1 for _ in folder.glob(f"tables-{rank:05d}-*.flt"))
         self._recent: list[RoundedLabels] = []
         self._held = 0
         if codec.number < len(_MOMENTS):
-            for sequence in before:
+            for labels in before:
                 if self._held >= _KEPT:
                     break
-                self._recent.insert(0, codec.rounded(sequence))
-                self._held += len(sequence.counts)
+                self._recent.insert(0, labels)
+                self._held += len(labels.counts)
 
     def add(self, sequence: StoredSequence) -> None:
         """Learn from one more sequence."""

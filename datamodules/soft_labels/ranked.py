@@ -7,7 +7,7 @@ like labels (``LabelTables``). Symbols are written with the frequencies of their
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import constriction
@@ -35,21 +35,24 @@ class ValueSteps:
 
     Args:
         values: ``sqrt``: even steps of the square root, which spread the error of a KL divergence evenly; ``log``: even steps of
-            the logarithm, for uses that raise small probabilities (temperatures above 1, reverse KL).
+            the logarithm, for uses that raise small probabilities (temperatures above 1, reverse KL); ``even``: of the
+            probability itself, which the counts of ``random`` selection are.
         step: Their size.
-        floor: Probability below which there is only this very value (``sampled`` selection); 0 for none.
+        floor: Smallest probability that there is (``sampled`` selection), which stays exact; 0 for none. Goes with ``sqrt``.
 
     Raises:
         InputError: If they are of an unknown kind or of no use.
     """
 
-    values: Values = "sqrt"
+    values: Literal["sqrt", "log", "even"] = "sqrt"
     step: float = 0.01
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.values not in ("sqrt", "log"):
+        if self.values not in ("sqrt", "log", "even"):
             raise InputError(f"values={self.values!r} is unknown. Legal: sqrt, log.")
+        if self.floor and self.values != "sqrt":
+            raise InputError(f"values={self.values!r} would round what 'sampled' selection drew. Legal with it: sqrt.")
         if not 0.001 <= self.step <= 0.5:
             raise InputError(
                 f"value_step={self.step} is too fine or too coarse. Legal: 0.001 to 0.5; 0.01 for sqrt, 0.05 for log."
@@ -58,15 +61,17 @@ class ValueSteps:
     @property
     def levels(self) -> int:
         """Number of levels; the first stands for the smallest values."""
-        return 2 + int(np.ceil((1 if self.values == "sqrt" else 16.6) / self.step))
+        return 2 + int(np.ceil((16.6 if self.values == "log" else 1) / self.step))
 
     def level(self, probabilities: np.ndarray) -> np.ndarray:
         """Return the level of each probability, int64; it never falls with the probability."""
         p = probabilities.astype(np.float64)
         if self.values == "log":
             found = self.levels - 1 - np.rint(-np.log(p.clip(1e-12)) / self.step)
+        elif self.values == "even":
+            found = np.rint(p / self.step)
         elif self.floor:
-            found = np.where(p <= self.floor, 0, 1 + np.rint((np.sqrt(p) - np.sqrt(self.floor)).clip(0) / self.step))
+            found = np.rint((np.sqrt(p) - np.sqrt(self.floor)) / self.step)
         else:
             found = np.rint(np.sqrt(p) / self.step)
         return found.clip(0, self.levels - 1).astype(np.int64)
@@ -76,9 +81,10 @@ class ValueSteps:
         level = np.arange(self.levels, dtype=np.float64)
         if self.values == "log":
             return np.exp(-(self.levels - 1 - level) * self.step)
+        if self.values == "even":
+            return (level * self.step).clip(max=1.0)
         if self.floor:
-            exact = (np.sqrt(self.floor) + (level - 1) * self.step) ** 2
-            return np.where(level == 0, self.floor, exact).clip(max=1.0)
+            return ((np.sqrt(self.floor) + level * self.step) ** 2).clip(max=1.0)
         return ((np.maximum(level, 0.35) * self.step) ** 2).clip(max=1.0)  # a value rounded to 0 is not 0
 
 
@@ -115,7 +121,7 @@ class RankedCodec:
 
     def __init__(self, vocabulary: int, steps: ValueSteps, tables: Callable[[int], LabelTables]) -> None:
         self.vocabulary, self.steps, self._tables = vocabulary, steps, tables
-        self._values = _bfloat16_bits(steps.table())
+        self._values = _of_bfloat16(_bfloat16_bits(steps.table()))
         self.number = 0
         self.shapes = {
             "counts": (1, _NUMBERS),
@@ -146,9 +152,7 @@ class RankedCodec:
         """Return the labels of a sequence as they are written."""
         counts, ids = sequence.counts.astype(np.int64), sequence.ids.astype(np.int64)
         levels = self.steps.level(_of_bfloat16(sequence.probabilities))
-        # Falling in level; of one level by number, so that what is read again is learnt from in the same order.
-        falling = np.repeat(np.arange(len(counts)), counts) * self.steps.levels + self.steps.levels - 1 - levels
-        order = np.argsort((falling << 32) + ids, kind="stable")
+        order = self._order(counts, levels, ids)
         tail, realised = _of_bfloat16(sequence.tail), _of_bfloat16(sequence.realised)
         return RoundedLabels(
             counts,
@@ -157,6 +161,11 @@ class RankedCodec:
             np.rint(np.sqrt(tail.clip(0, 1)) * _TAIL_STEPS).astype(np.int64),
             np.rint(-realised.clip(-_MOST_NATS, 0) * _NATS).astype(np.int64),
         )
+
+    def _order(self, counts: np.ndarray, levels: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return the order of labels in which tables are learnt: falling in level; of one level by number."""
+        falling = np.repeat(np.arange(len(counts)), counts) * self.steps.levels + self.steps.levels - 1 - levels
+        return np.argsort((falling << 32) + ids, kind="stable")
 
     def symbols(
         self, labels: RoundedLabels, tables: LabelTables
@@ -230,6 +239,26 @@ class RankedCodec:
 
     def decode(self, data: bytes) -> StoredSequence:
         """Return the sequence of some bytes."""
+        tokens, starts, supervised, labels = self._columns(data)
+        probabilities, tail = self._probabilities(labels)
+        return StoredSequence(
+            tokens=tokens,
+            starts=starts,
+            supervised=supervised,
+            counts=labels.counts.astype(np.uint32),
+            ids=labels.ids.astype(np.uint32),
+            probabilities=probabilities,
+            tail=tail,
+            realised=_bfloat16_bits(-labels.realised / _NATS),
+        )
+
+    def decode_rounded(self, data: bytes) -> RoundedLabels:
+        """Return the labels of some bytes as ``rounded`` gave them."""
+        labels = self._columns(data)[-1]
+        order = self._order(labels.counts, labels.levels, labels.ids)
+        return replace(labels, levels=labels.levels[order], ids=labels.ids[order])
+
+    def _columns(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, RoundedLabels]:
         if len(data) < self._head.size:
             raise StoreError("a record is shorter than its head")
         number, length, tokens, starts, supervised, kept = self._head.unpack_from(data)
@@ -241,26 +270,26 @@ class RankedCodec:
         def column(count: int, dtype: str, offset: int) -> np.ndarray:
             return np.frombuffer(data, dtype=dtype, count=count, offset=offset)
 
-        mask = column(mask_bytes, "u1", words - mask_bytes)
+        flags = np.unpackbits(column(mask_bytes, "u1", words - mask_bytes), count=length, bitorder="little").astype(bool)
         try:
             coder = constriction.stream.stack.AnsCoder(column((len(data) - words) // 4, "<u4", words).astype(np.uint32))
         except ValueError as error:
             raise StoreError("a record's labels end in nothing") from error
         labels = self._take(coder, self.tables(number), supervised, kept)
-        flags = np.unpackbits(mask, count=length, bitorder="little").astype(bool)
         if int(flags.sum()) != supervised or not coder.is_empty():
             raise StoreError("a record's columns do not fit its head")
-        tail = (labels.tail / _TAIL_STEPS) ** 2
-        return StoredSequence(
-            tokens=column(tokens, "<u4", self._head.size),
-            starts=column(starts, "<u4", self._head.size + 4 * tokens),
-            supervised=flags,
-            counts=labels.counts.astype(np.uint32),
-            ids=labels.ids.astype(np.uint32),
-            probabilities=self._values[labels.levels],
-            tail=_bfloat16_bits(tail),
-            realised=_bfloat16_bits(-labels.realised / _NATS),
-        )
+        after_tokens = self._head.size + 4 * tokens
+        return column(tokens, "<u4", self._head.size), column(starts, "<u4", after_tokens), flags, labels
+
+    def _probabilities(self, labels: RoundedLabels) -> tuple[np.ndarray, np.ndarray]:
+        """Return what labels and tails stand for, bfloat16 as uint16; a token's add up to at most 1, unless they are samples."""
+        values = self._values[labels.levels]
+        tail = _of_bfloat16(_bfloat16_bits((labels.tail / _TAIL_STEPS) ** 2))
+        if self.steps.floor or self.steps.values == "even":
+            return _cut(values), _cut(tail)
+        mass = np.bincount(np.repeat(np.arange(len(labels.counts)), labels.counts), values, minlength=len(labels.counts)) + tail
+        smaller = (1 / np.maximum(mass, 1)).astype(np.float32)
+        return _cut(values * np.repeat(smaller, labels.counts)), _cut(tail * smaller)
 
     def _take(self, coder: Any, tables: LabelTables, tokens: int, kept: int) -> RoundedLabels:
         """Take from a coder what ``encode`` put there, in the same order."""
@@ -394,6 +423,11 @@ def _even(bits: int) -> Any:
 
 def _of_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _cut(values: np.ndarray) -> np.ndarray:
+    """Return float32 of 0 or more as the bfloat16 at or below it."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _bfloat16_bits(values: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 
 from ...modules.distillation import SoftLabels
 from .codec import Codec, StoredSequence, StoreError
-from .format import StoreHeader, journal_line, pack_block, read_journal, unpack_block, whole_blocks
+from .format import Decoded, StoreHeader, journal_line, pack_block, read_journal, unpack_block, whole_blocks
 from .learner import TableLearner
-from .ranked import RankedCodec
+from .ranked import RankedCodec, RoundedLabels
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,25 @@ class SoftLabelStore:
             KeyError: If the store does not have it.
             StoreError: If its bytes have changed since they were written.
         """
+        return self._decoded(key, self._codec(self._places[key].shard).decode)
+
+    def rounded(self, key: bytes) -> RoundedLabels:
+        """Return the labels under a key as the codec ``ranked-2`` wrote them.
+
+        Raises:
+            KeyError, StoreError: As ``read``.
+        """
+        codec = self._codec(self._places[key].shard)
+        assert isinstance(codec, RankedCodec)
+        return self._decoded(key, codec.decode_rounded)
+
+    def _decoded(self, key: bytes, decode: Callable[[bytes], Decoded]) -> Decoded:
         place = self._places[key]
         if place.shard not in self._maps:
             with open(self.folder / place.shard, "rb") as file:
                 self._maps[place.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         block = self._maps[place.shard][place.offset : place.offset + place.length]
-        return unpack_block(block, key, self._codec(place.shard), f"{self.folder / place.shard} at byte {place.offset}")
+        return unpack_block(block, key, decode, f"{self.folder / place.shard} at byte {place.offset}")
 
     def _codec(self, shard: str) -> Codec:
         rank = shard.split("-")[1]
@@ -145,6 +158,7 @@ class SoftLabelStore:
             _bfloat16(sequence.tail),
             _bfloat16(sequence.realised),
             self.header.settings.temperature,
+            self.header.settings.unbiased,
         )
 
     def tokens_of(self, key: bytes) -> int:
@@ -200,10 +214,11 @@ class SoftLabelStore:
             where = f"{self.folder / self._places[key].shard} at byte {self._places[key].offset}"
             if len(sequence.ids) and int(sequence.ids.max()) >= self.header.vocabulary:
                 raise StoreError(f"{where}: an id is outside the vocabulary of {self.header.vocabulary}. Capture again.")
-            mass = _bfloat16(sequence.tail).double()
+            settings = self.header.settings
+            mass = _bfloat16(sequence.tail).double() * (not settings.unbiased)
             owners = torch.repeat_interleave(torch.from_numpy(sequence.counts.astype(np.int64)))
             mass = mass.index_add(0, owners, _bfloat16(sequence.probabilities).double())
-            if len(mass) and not bool(((mass - 1).abs() < 0.02).all()):
+            if len(mass) and not bool(((mass - 1).abs() < 0.02 + settings.floor).all()):
                 raise StoreError(f"{where}: probabilities do not add up to 1. Capture again.")
             if len(sequence.tokens) and self.header.key(sequence.tokens, sequence.starts, sequence.supervised) != key:
                 raise StoreError(f"{where}: the tokens do not fit their key. Capture again.")
@@ -287,7 +302,7 @@ class SoftLabelAppender:
             return None
         entries = read_journal(self._journal_path)[0] if self._journal_path.is_file() else []
         store = SoftLabelStore(self.folder)
-        before = (store.read(bytes.fromhex(entry["key"])) for entry in reversed(entries))
+        before = (store.rounded(bytes.fromhex(entry["key"])) for entry in reversed(entries))
         return TableLearner(self._codec, self.folder, self.rank, before, sum(entry["tokens"] for entry in entries))
 
     @property

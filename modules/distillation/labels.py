@@ -1,15 +1,19 @@
 """Compressed soft labels: what is kept of a teacher's distribution, and how it is selected."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 
-Selection = Literal["fixed", "adaptive", "full"]
+Selection = Literal["fixed", "adaptive", "sampled", "random", "full"]
+
+_SAMPLED_LOGITS = 1 << 22  # of whole rows that exist at the same time where labels are sampled
 
 # Rows whose threshold is not reached within this many labels are selected again by a full sort.
 _FIRST_LOOK = 512
@@ -21,9 +25,14 @@ class LabelSettings:
 
     Args:
         selection: ``fixed`` keeps the ``k`` most likely tokens; ``adaptive`` the fewest whose probabilities add up to
-            ``threshold``; ``full`` keeps the whole distribution (online distillation only, it is never stored).
-        k: Number of labels kept by ``fixed``, and the cap of ``adaptive`` (None: no cap); the default is 50.
+            ``threshold``; ``sampled`` keeps every probability p >= ``theta``, and each smaller one with probability
+            p / ``theta`` at the value ``theta``, by systematic sampling; ``random`` draws ``k`` times with replacement and
+            keeps how often each token came (Sparse Logit Sampling, arXiv 2503.16870). The last two are unbiased: the
+            expected gradient of forward KL at temperature 1 is that of the whole distribution. ``full`` keeps the whole
+            distribution (online distillation only, it is never stored).
+        k: Number of labels kept by ``fixed``, the cap of ``adaptive`` (None: no cap), the draws of ``random``; the default is 50.
         threshold: Probability mass that ``adaptive`` keeps, in (0, 1].
+        theta: Probability from which on ``sampled`` keeps all, in (0, 0.5].
         temperature: The teacher's logits are divided by it before the softmax; training uses the same one.
     """
 
@@ -31,6 +40,24 @@ class LabelSettings:
     k: int | None = 50
     threshold: float = 0.95
     temperature: float = 1.0
+    theta: float = 0.025
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether kept probabilities are samples that are right on average, and nothing is left for a tail."""
+        return self.selection in ("sampled", "random")
+
+    @property
+    def floor(self) -> float:
+        """The value of the probabilities that ``sampled`` drew: ``theta`` as bfloat16 writes it; 0 for the others."""
+        return float(torch.tensor(self.theta).bfloat16()) if self.selection == "sampled" else 0.0
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that the labels depend on, by name."""
+        fields = asdict(self)
+        if self.selection != "sampled":
+            del fields["theta"]
+        return fields
 
     def check(self, vocabulary: int | None = None) -> None:
         """Raise an InputError that names the setting which is out of range.
@@ -38,18 +65,28 @@ class LabelSettings:
         Args:
             vocabulary: Size of the teacher's vocabulary, where it is known already.
         """
-        if self.selection not in ("fixed", "adaptive", "full"):
-            raise InputError(f"selection={self.selection!r} is unknown. Legal: fixed, adaptive, full.")
-        if self.selection == "fixed" and self.k is None:
-            raise InputError("k=None is no number of labels: selection='fixed' needs k >= 1; 'adaptive' takes no cap.")
+        if self.selection not in get_args(Selection):
+            raise InputError(f"selection={self.selection!r} is unknown. Legal: {', '.join(get_args(Selection))}.")
+        if self.selection in ("fixed", "random") and self.k is None:
+            raise InputError(
+                f"k=None is no number of labels: selection={self.selection!r} needs k >= 1; 'adaptive' takes no cap."
+            )
         if self.k is not None and self.k < 1:
             raise InputError(f"k={self.k} keeps no label. Legal: 1 up to the vocabulary's size.")
-        if self.k is not None and vocabulary is not None and self.k > vocabulary:
+        ranked = self.selection in ("fixed", "adaptive") and self.k is not None
+        if ranked and vocabulary is not None and (self.k or 0) > vocabulary:
             raise InputError(f"k={self.k} is larger than the teacher's vocabulary. Legal: 1 to {vocabulary}.")
         if not 0 < self.threshold <= 1:
             raise InputError(f"threshold={self.threshold} is no probability mass. Legal: above 0, up to 1.")
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature} must be above 0; 1 leaves the distribution as it is.")
+        if not 0 < self.theta <= 0.5:
+            raise InputError(f"theta={self.theta} is no probability to sample below. Legal: above 0, up to 0.5.")
+        if self.unbiased and self.temperature != 1.0:
+            raise InputError(
+                f"temperature={self.temperature} with selection={self.selection!r}: sampled labels are right on average for the "
+                "teacher's own probabilities only. Use temperature=1, or selection='fixed' or 'adaptive'."
+            )
 
 
 @dataclass
@@ -59,9 +96,10 @@ class SoftLabels:
     Args:
         ids: Token ids in order of falling probability [N, K], int32; the padding is -1.
         probabilities: Their probabilities [N, K], bfloat16, as stored; the padding is 0.
-        tail: Probability of all tokens that were not kept [N], bfloat16.
+        tail: Probability of all tokens that were not kept (of all that were sampled, where labels are) [N], bfloat16.
         realised: Log-probability (nats) that the teacher gives the text's own next token [N], bfloat16.
         temperature: Temperature of the teacher's softmax.
+        unbiased: Whether the probabilities are samples; see ``LabelSettings.unbiased``.
     """
 
     ids: Tensor
@@ -69,6 +107,7 @@ class SoftLabels:
     tail: Tensor
     realised: Tensor
     temperature: float = 1.0
+    unbiased: bool = False
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -87,8 +126,12 @@ class SoftLabels:
         return self._map(lambda part: part[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "SoftLabels":
-        return SoftLabels(
-            change(self.ids), change(self.probabilities), change(self.tail), change(self.realised), self.temperature
+        return replace(
+            self,
+            ids=change(self.ids),
+            probabilities=change(self.probabilities),
+            tail=change(self.tail),
+            realised=change(self.realised),
         )
 
     @staticmethod
@@ -105,6 +148,7 @@ class SoftLabels:
             torch.cat([part.tail for part in parts]),
             torch.cat([part.realised for part in parts]),
             parts[0].temperature,
+            parts[0].unbiased,
         )
 
 
@@ -115,6 +159,7 @@ def select_labels(
     labels: Tensor,
     settings: LabelSettings,
     *,
+    chances: Tensor | None = None,
     chunk_tokens: int = 256,
     chunk_vocabulary: int = 16384,
 ) -> SoftLabels:
@@ -127,8 +172,9 @@ def select_labels(
         weight: Weight of its language-model head [vocabulary, hidden size].
         labels: The text's next token of each [N], int64.
         settings: What to keep.
+        chances: Random numbers in [0, 1), one per token and draw [N, draws], where labels are sampled; see ``sampling_chances``.
         chunk_tokens: Tokens worked on at the same time.
-        chunk_vocabulary: Vocabulary entries whose logits exist at the same time.
+        chunk_vocabulary: Vocabulary entries whose logits exist at the same time; all, of fewer tokens, where labels are sampled.
 
     Returns:
         The kept labels; ``probabilities`` are those of the full softmax, rounded to bfloat16.
@@ -138,6 +184,16 @@ def select_labels(
         nothing = torch.empty(0, device=weight.device, dtype=torch.bfloat16)
         return SoftLabels(nothing[:, None].int(), nothing[:, None], nothing, nothing, settings.temperature)
     hidden_states = hidden_states.to(weight.dtype)
+    if settings.unbiased:
+        assert chances is not None
+        step = max(1, min(chunk_tokens, max(64, _SAMPLED_LOGITS // weight.shape[0])))
+        pieces = [slice(start, start + step) for start in range(0, len(labels), step)]
+        return SoftLabels.concatenate(
+            [
+                _sample_chunk(hidden_states[rows], weight, labels[rows], settings, chances[rows].to(weight.device))
+                for rows in pieces
+            ]
+        )
     buffer = torch.empty(
         min(chunk_tokens, len(labels)),
         min(chunk_vocabulary, weight.shape[0]),
@@ -219,3 +275,64 @@ def _select_chunk(
     rows = torch.arange(tokens, device=weight.device)
     order = torch.cat([rows[~short], rows[short]]).argsort()
     return SoftLabels.concatenate([selected.where(~short), again]).where(order)
+
+
+def _sample_chunk(hidden_states: Tensor, weight: Tensor, labels: Tensor, settings: LabelSettings, chances: Tensor) -> SoftLabels:
+    """Sample the labels of a few tokens, whose logits all exist."""
+    log_p = torch.mm(hidden_states, weight.t()).float()
+    log_p -= log_p.logsumexp(dim=1, keepdim=True)
+    realised = log_p.gather(1, labels[:, None])[:, 0]
+    p = log_p.exp_()
+    tail = torch.zeros_like(realised)
+    if settings.selection == "sampled":
+        likely = p >= settings.floor
+        tail = p.masked_fill(likely, 0).double().sum(dim=1)
+        # Systematic sampling: of marks one theta apart, the first at random, each takes the token on whose stretch it falls.
+        marks = (p.masked_fill(likely, 0).cumsum(dim=1, dtype=torch.float64) / settings.floor + chances).floor_()
+        drawn = marks.diff(dim=1, prepend=torch.zeros_like(marks[:, :1])) > 0
+        rows, ids = (likely | drawn).nonzero(as_tuple=True)
+        values = p[rows, ids].clamp(min=settings.floor)
+    else:
+        places = p.cumsum(dim=1, dtype=torch.float64)
+        drawn_ids = torch.searchsorted(places, chances * places[:, -1:]).clamp_(max=p.shape[1] - 1)
+        owners = torch.arange(len(p), device=p.device)[:, None] * p.shape[1]
+        flat, times = torch.unique(owners + drawn_ids, return_counts=True)
+        rows, ids, values = flat // p.shape[1], flat % p.shape[1], times.float() / chances.shape[1]
+    order = values.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    counts = torch.bincount(rows, minlength=len(p))
+    kept = torch.arange(int(counts.max()), device=p.device) < counts[:, None]
+    shape = (len(p), kept.shape[1])
+    return SoftLabels(
+        torch.full(shape, -1, dtype=torch.int32, device=p.device).masked_scatter_(kept, ids[order].int()),
+        torch.zeros(shape, device=p.device).masked_scatter_(kept, values[order]).bfloat16(),
+        tail.bfloat16(),
+        realised.bfloat16(),
+        settings.temperature,
+        unbiased=True,
+    )
+
+
+def sampling_chances(ids: Tensor, starts: Tensor, tokens: list[int], settings: LabelSettings) -> Tensor | None:
+    """Return the random numbers that a batch's labels are sampled by; None for selections that do not sample.
+
+    They depend on a sequence's tokens alone, so that capture and online distillation draw the same, in any batch.
+
+    Args:
+        ids: Token ids [batch, length].
+        starts: Positions within documents [batch, length], which tell sequences of the same tokens apart.
+        tokens: Number of supervised tokens of each sequence.
+        settings: What to keep.
+
+    Returns:
+        float64 [sum of tokens, 1] for ``sampled``, [sum of tokens, k] for ``random``.
+    """
+    if not settings.unbiased:
+        return None
+    draws = settings.k or 1 if settings.selection == "random" else 1
+    parts = []
+    for row, count in enumerate(tokens):
+        content = torch.stack([ids[row], starts[row]]).cpu().numpy().astype("<i8").tobytes()
+        seed = int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
+        parts.append(np.random.Generator(np.random.PCG64(seed)).random((count, draws)))
+    return torch.from_numpy(np.concatenate(parts))

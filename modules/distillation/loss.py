@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .labels import SoftLabels
+from .labels import LabelSettings, SoftLabels
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 Remainder = Literal["tail_bucket", "renormalize"]
@@ -15,12 +15,13 @@ Remainder = Literal["tail_bucket", "renormalize"]
 _TINY = 1e-7  # below this, 1 - sum(q) is rounding noise in float32
 
 
-def check_divergence(divergence: str, remainder: str) -> None:
-    """Raise an InputError for a name that is unknown or a pair that has no finite value.
+def check_divergence(divergence: str, remainder: str, settings: LabelSettings | None = None) -> None:
+    """Raise an InputError for a name that is unknown, a pair that has no finite value, or labels that are wrong for it.
 
     Args:
         divergence: ``forward_kl``, ``reverse_kl`` or ``jensen_shannon``.
         remainder: ``tail_bucket`` or ``renormalize``.
+        settings: How the labels are selected, where it is known already.
     """
     for name, value, legal in (
         ("divergence", divergence, ("forward_kl", "reverse_kl", "jensen_shannon")),
@@ -32,6 +33,19 @@ def check_divergence(divergence: str, remainder: str) -> None:
         raise InputError(
             "divergence='reverse_kl' is infinite with remainder='renormalize', which gives every token that was not kept "
             "the probability 0. Use remainder='tail_bucket', or forward_kl or jensen_shannon."
+        )
+    if settings is None or not settings.unbiased:
+        return
+    if divergence != "forward_kl":
+        raise InputError(
+            f"divergence={divergence!r} with selection={settings.selection!r}: sampled probabilities are right on average only, "
+            "which is enough where the gradient is linear in them, as that of forward_kl. Use divergence='forward_kl', or labels "
+            "of selection 'fixed' or 'adaptive'."
+        )
+    if remainder == "renormalize":
+        raise InputError(
+            f"remainder='renormalize' with selection={settings.selection!r}: scaling a sample to 1 makes it wrong on average. "
+            "Leave remainder at 'tail_bucket' (sampled labels have no tail), or use labels selected by 'fixed' or 'adaptive'."
         )
 
 
@@ -57,6 +71,8 @@ def divergence_and_slope(p: Tensor, log_q: Tensor, divergence: str) -> tuple[Ten
 @dataclass
 class KeptLabelTargets:
     """A teacher's kept labels; the student's distribution is compared over the kept tokens and one bucket for the rest.
+
+    Sampled labels need no bucket: each stands for itself and, on average, for those that were not drawn.
 
     Args:
         labels: Kept labels of the supervised tokens.
@@ -88,13 +104,13 @@ class _KeptLabelChunk:
         self.top_ids = self.ids[:, 0]
         self.kept_logits = logits.gather(1, self.ids)
         p = labels.probabilities.float()
-        if targets.remainder == "renormalize":
+        if targets.remainder == "renormalize" or labels.unbiased:
             tail = torch.zeros_like(p[:, :1])
         else:
             tail = labels.tail.float()[:, None].clamp(min=_TINY)
-        # Both were rounded when they were stored.
         self.p = torch.cat([p, tail], dim=1)
-        self.p /= self.p.sum(dim=1, keepdim=True)
+        if not labels.unbiased:
+            self.p /= self.p.sum(dim=1, keepdim=True)  # both were rounded when they were stored
 
     def loss(self, log_normaliser: Tensor) -> Tensor:
         log_q = self.kept_logits - log_normaliser[:, None]

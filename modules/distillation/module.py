@@ -71,7 +71,7 @@ class SoftLabelDistillation(LanguageModel):
         loss_chunk_tokens: int | None = None,
         generation: GenerationSettings | None = None,
     ) -> None:
-        check_divergence(divergence, remainder)
+        check_divergence(divergence, remainder, selection if teacher is not None else None)
         if not 0 <= soft_weight <= 1:
             raise InputError(f"soft_weight={soft_weight} is no share of the loss. Legal: 0 to 1.")
         selection.check()
@@ -169,6 +169,7 @@ class SoftLabelDistillation(LanguageModel):
             log.warning("model.selection is ignored: the labels were selected when they were stored.")
         store = getattr(self.trainer.datamodule, "store", None) if stored else None  # type: ignore[attr-defined]
         if store is not None:
+            check_divergence(self.divergence, self.remainder, store.header.settings)
             self._check_vocabulary(store.header.vocabulary, "the store's teacher")
 
     def _log_training(self, parts: LossParts) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...errors import InputError
 from ..linear_loss import shift_labels
 from ..pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, model_fingerprint, resolve_source
-from .labels import LabelSettings, SoftLabels, select_labels
+from .labels import LabelSettings, SoftLabels, sampling_chances, select_labels
 
 
 @dataclass
@@ -54,7 +54,7 @@ class SoftLabelTeacher(LightningModule):
         super().__init__()
         self.source = resolve_source(source)
         if selection.selection == "full":
-            raise InputError("selection='full' is never stored: use 'fixed' or 'adaptive', or an online teacher.")
+            raise InputError("selection='full' is never stored: use 'fixed', 'adaptive' or 'sampled', or an online teacher.")
         selection.check()
         selection.check(load_config(source).get_text_config().vocab_size)
         self.selection = selection
@@ -110,4 +110,6 @@ def teacher_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 def teacher_labels(model: PreTrainedModel, batch: dict[str, Any], settings: LabelSettings) -> SoftLabels:
     """Return a teacher's kept labels of a batch's supervised tokens; capture and online distillation both call this."""
     targets = shift_labels(batch["labels"])
-    return select_labels(teacher_states(model, batch), head_weight(model), targets[targets != -100], settings)
+    supervised = targets != -100
+    chances = sampling_chances(batch["input_ids"], batch["position_ids"], supervised.sum(dim=1).tolist(), settings)
+    return select_labels(teacher_states(model, batch), head_weight(model), targets[supervised], settings, chances=chances)

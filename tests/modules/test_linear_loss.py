@@ -144,6 +144,20 @@ def test_keeping_everything_equals_the_full_vocabulary():
     assert sparse.agreement == full.agreement
 
 
+def test_gradient_of_sampled_labels_is_that_of_the_whole_distribution_on_average():
+    states, weight, labels, teacher = problem()
+    identity = torch.eye(VOCABULARY)  # states of the teacher are its logits
+    sampled = LabelSettings(selection="sampled", theta=0.2)
+    total, chances = torch.zeros_like(states), (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for chance in chances:
+        kept = select_labels(teacher, identity, labels, sampled, chances=chance.expand(TOKENS, 1))
+        parts = linear_loss(states, weight, labels, soft_targets=KeptLabelTargets(kept), soft_weight=0.7)
+        total += gradients(parts.loss, states)[0]
+    whole = FullVocabularyTargets(teacher, identity)
+    expected = gradients(linear_loss(states, weight, labels, soft_targets=whole, soft_weight=0.7).loss, states)[0]
+    assert torch.allclose(total / 1000, expected, atol=5e-4)
+
+
 def test_bf16_autocast_and_tied_weights_give_nearly_the_same_gradient():
     states, weight, labels, _ = problem(tokens=64, hidden=32, vocabulary=128)
     exact = gradients(linear_loss(states, weight, labels).loss, states, weight)

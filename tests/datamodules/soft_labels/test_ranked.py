@@ -65,15 +65,21 @@ def codec_for(vocabulary, steps=STEPS, learnt=()):
 def assert_same_labels(codec, found, wanted):
     for name in ("tokens", "starts", "supervised", "counts"):
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
-    table = codec.steps.table()
+    table, samples = codec.steps.table(), codec.steps.floor > 0 or codec.steps.values == "even"
     ends = np.cumsum(wanted.counts)[:-1].astype(int)
     columns = [
         np.split(part, ends) for part in (found.ids, numbers(found.probabilities), wanted.ids, numbers(wanted.probabilities))
     ]
-    for ids, values, own, p in zip(*columns):
+    for ids, values, own, p, tail, meant in zip(*columns, numbers(found.tail).astype(float), numbers(wanted.tail)):
         assert (np.diff(values) <= 0).all()
-        assert dict(zip(own.tolist(), numbers(bits(table[codec.steps.level(p)])))) == dict(zip(ids.tolist(), values))
-    np.testing.assert_allclose(np.sqrt(numbers(found.tail)), np.sqrt(numbers(wanted.tail)), atol=0.51 / 255 + 0.003)
+        rounded = numbers(bits(table[codec.steps.level(p)]))
+        steps_of_tail = float(numbers(bits([(np.rint(np.sqrt(meant) * 255) / 255) ** 2]))[0])
+        mass = 1.0 if samples else max(1.0, float(rounded.sum(dtype=float)) + steps_of_tail)
+        assert samples or values.sum(dtype=float) + tail <= 1
+        expected = dict(zip(own.tolist(), rounded / mass))
+        assert set(expected) == set(ids.tolist())
+        np.testing.assert_allclose(values, [expected[number] for number in ids.tolist()], rtol=2**-7 if mass > 1 else 0)
+        assert tail == pytest.approx(steps_of_tail / mass, rel=2**-7)
     np.testing.assert_allclose(numbers(found.realised), numbers(wanted.realised), atol=1 / 60, rtol=0.005)
 
 
@@ -82,7 +88,15 @@ def assert_same_labels(codec, found, wanted):
     seed=st.integers(0, 2**32 - 1),
     length=st.integers(1, 40),
     vocabulary=st.integers(2, 3000),
-    steps=st.sampled_from([ValueSteps(), ValueSteps("sqrt", 0.003), ValueSteps("log", 0.05), ValueSteps("sqrt", 0.01, 0.025)]),
+    steps=st.sampled_from(
+        [
+            ValueSteps(),
+            ValueSteps("sqrt", 0.003),
+            ValueSteps("log", 0.05),
+            ValueSteps("sqrt", 0.01, 0.025),
+            ValueSteps("even", 0.02),
+        ]
+    ),
     learnt=st.integers(0, 3),
 )
 def test_what_is_read_is_what_was_rounded(seed, length, vocabulary, steps, learnt):
@@ -134,9 +148,9 @@ def test_the_same_id_twice_is_refused():
         codec_for(500).encode(made)
 
 
-@pytest.mark.parametrize("steps", [("power", 0.01), ("sqrt", 0.0), ("log", 2.0)])
+@pytest.mark.parametrize("steps", [("power", 0.01), ("sqrt", 0.0), ("log", 2.0), ("log", 0.05, 0.025)])
 def test_steps_of_no_use_are_refused(steps):
-    with pytest.raises(InputError, match=r"values='power' is unknown|value_step="):
+    with pytest.raises(InputError, match=r"values='power' is unknown|value_step=|values='log' would round"):
         ValueSteps(*steps)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from fulgurite.errors import InputError
 from fulgurite.modules.distillation import labels as module
-from fulgurite.modules.distillation.labels import LabelSettings, SoftLabels, select_labels
+from fulgurite.modules.distillation.labels import LabelSettings, SoftLabels, sampling_chances, select_labels
 
 TOKENS, HIDDEN, VOCABULARY = 23, 6, 701
 
@@ -69,10 +69,74 @@ def test_concatenation_pads_to_the_widest(teacher):
         (LabelSettings(selection="adaptive", threshold=0.0), "threshold=0.0"),
         (LabelSettings(selection="adaptive", threshold=1.5), "threshold=1.5"),
         (LabelSettings(temperature=0.0), "temperature=0.0"),
-        (LabelSettings(selection="most"), "selection='most'.*Legal: fixed, adaptive"),
+        (LabelSettings(selection="most"), "selection='most'.*Legal: fixed, adaptive, sampled"),
+        (LabelSettings(selection="sampled", theta=0.0), "theta=0.0"),
+        (LabelSettings(selection="sampled", theta=0.7), "theta=0.7"),
+        (LabelSettings(selection="sampled", temperature=2.0), "temperature=2.0"),
+        (LabelSettings(selection="random", k=None), "k=None"),
     ],
 )
 def test_bad_settings_are_refused_by_name(teacher, settings, message):
     states, weight, realised, _ = teacher
     with pytest.raises(InputError, match=message):
         select_labels(states, weight, realised, settings)
+
+
+def on_average(states, weight, realised, settings, chances):
+    """Return the mean of the probabilities kept with different chances [chances, draws], scattered over the vocabulary."""
+    total = torch.zeros(len(realised), VOCABULARY, dtype=torch.float64)
+    for chance in chances:
+        kept = select_labels(states, weight, realised, settings, chances=chance.expand(len(realised), -1))
+        total.scatter_add_(1, kept.ids.long().clamp(min=0), kept.probabilities.double())
+    return total / len(chances)
+
+
+def test_sampled_labels_are_unbiased(teacher):
+    states, weight, realised, logits = teacher
+    settings = LabelSettings(selection="sampled", theta=0.03)
+    grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    mean, p = on_average(states, weight, realised, settings, grid[:, None]), logits.softmax(1)
+    assert (mean - p)[p < settings.floor].abs().max() < settings.floor / 1000  # the grid is that fine
+    assert torch.allclose(mean[p >= settings.floor], p[p >= settings.floor], rtol=2**-8)
+
+
+def test_sampled_labels_cost_little_and_keep_the_likely_exactly(teacher):
+    states, weight, realised, logits = teacher
+    settings = LabelSettings(selection="sampled", theta=0.03)
+    kept = select_labels(states, weight, realised, settings, chances=torch.full((TOKENS, 1), 0.4, dtype=torch.float64))
+    p = logits.softmax(1)
+    assert kept.unbiased
+    for row in range(TOKENS):
+        count, exact = int(kept.counts[row]), p[row] >= settings.floor
+        assert set(exact.nonzero()[:, 0].tolist()) <= set(kept.ids[row, :count].tolist())
+        drawn = count - int(exact.sum())
+        assert drawn == pytest.approx(float(p[row][~exact].sum()) / settings.floor, abs=1)
+        assert torch.all(kept.probabilities[row, int(exact.sum()) : count] == settings.floor)
+        assert float(kept.tail[row]) == pytest.approx(float(p[row][~exact].sum()), rel=2**-7, abs=1e-6)
+    assert torch.equal(kept.probabilities, kept.probabilities.sort(dim=1, descending=True).values)
+
+
+def test_random_labels_are_unbiased_counts(teacher):
+    states, weight, realised, logits = teacher
+    settings = LabelSettings(selection="random", k=40)
+    torch.manual_seed(0)
+    mean = on_average(states, weight, realised, settings, torch.rand(500, 40, dtype=torch.float64))
+    p = logits.softmax(1)
+    deviation = (p * (1 - p) / (500 * 40)).sqrt()
+    assert ((mean - p).abs() < 5 * deviation + 1e-3).all()
+    assert torch.allclose(mean.sum(1), torch.ones(TOKENS, dtype=torch.float64), atol=5e-3)  # bfloat16
+
+
+def test_chances_depend_on_the_tokens_alone():
+    ids, starts = torch.arange(12).reshape(2, 6), torch.arange(6).expand(2, 6)
+    settings = LabelSettings(selection="sampled")
+    both = sampling_chances(ids, starts, [5, 3], settings)
+    assert both.shape == (8, 1)
+    assert torch.equal(both[5:], sampling_chances(ids[1:], starts[1:], [3], settings))
+    assert sampling_chances(ids, starts, [5, 3], LabelSettings(selection="random", k=7)).shape == (8, 7)
+    assert sampling_chances(ids, starts, [5, 3], LabelSettings()) is None
+
+
+def test_settings_of_other_selections_do_not_change_what_labels_are():
+    assert LabelSettings(theta=0.1).identity() == LabelSettings().identity()
+    assert LabelSettings(selection="sampled", theta=0.1).identity() != LabelSettings(selection="sampled").identity()

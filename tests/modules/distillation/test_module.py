@@ -55,13 +55,40 @@ def losses_of(folder, model, data):
 
 
 @pytest.mark.parametrize(("codec", "rounding"), [("plain-1", 1e-5), ("ranked-2", 1e-3)])
-@pytest.mark.parametrize("settings", [LabelSettings(k=12), LabelSettings(selection="adaptive", threshold=0.8, temperature=2.0)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LabelSettings(k=12),
+        LabelSettings(selection="adaptive", threshold=0.8, temperature=2.0),
+        LabelSettings(selection="sampled", theta=0.1),
+        LabelSettings(selection="random", k=20),
+    ],
+)
 def test_stored_labels_train_like_the_online_teacher(tmp_path, text_file, teacher_folder, settings, codec, rounding):
     store = capture(tmp_path, teacher_folder, text(text_file), settings, codec=codec)
     online = losses_of(tmp_path, student(teacher=teacher_folder, selection=settings), text(text_file))
     stored = losses_of(tmp_path, student(), SoftLabelDataModule(store, val_fraction=0, batch_size=4))
     assert len(online) == 6
     assert stored == pytest.approx(online, rel=rounding)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divergence": "reverse_kl"}, "divergence='reverse_kl' with selection='sampled'"),
+        ({"remainder": "renormalize"}, "remainder='re"),
+    ],
+)
+def test_sampled_labels_are_refused_where_they_would_teach_wrongly(tmp_path, text_file, teacher_folder, settings, message):
+    sampled = LabelSettings(selection="sampled", theta=0.1)
+    with pytest.raises(InputError, match=message):
+        student(teacher=teacher_folder, selection=sampled, **settings)
+    store = capture(tmp_path, teacher_folder, text(text_file), sampled)
+    with pytest.raises(InputError, match=message):
+        losses_of(tmp_path, student(**settings), SoftLabelDataModule(store, val_fraction=0, batch_size=4))
+    with pytest.raises(InputError, match="values='log' would round"):
+        capture(tmp_path / "log", teacher_folder, text(text_file), sampled, values="log")
+    assert not (tmp_path / "log" / "labels").exists()
 
 
 def test_store_outlives_its_text(tmp_path, text_file, teacher_folder):
