@@ -32,6 +32,25 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; the file written there takes the place of ``path`` when the block ends without an error.
+
+    Args:
+        path: File to write; its folder is made when missing. A reader sees the old content or the new one, never a part.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole file so that a reader sees the old content or the new one, never a part.
 
@@ -39,18 +58,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         path: File to write; its folder is made when missing.
         data: Content; text is written as UTF-8.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def digest(value: Any) -> str:

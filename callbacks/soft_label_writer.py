@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ..datamodules.soft_labels import SoftLabelAppender, StoredSequence, StoreHeader
-from ..datamodules.soft_labels.format import CODECS
+from ..datamodules.soft_labels.format import CODECS, write_spelling
 from ..datamodules.soft_labels.ranked import Values, ValueSteps
 from ..datamodules.soft_labels.store import prepare_store, sequence_layout
 from ..errors import InputError
 from ..modules.distillation import SoftLabelTeacher
+from ..modules.distillation.alignment import Spelling
 from ..modules.distillation.teacher import CapturedLabels
-from ..modules.pretrained import tokenizer_fingerprint
+from ..modules.pretrained import SourceError, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,8 @@ class SoftLabelWriter(BasePredictionWriter):
         )
         if trainer.is_global_zero:
             prepare_store(self.store, header)
+            with suppress(SourceError):  # a tokenizer whose tokens spell nothing teaches students of its own kind alone
+                write_spelling(self.store, Spelling.of(pl_module.tokenizer))
         trainer.strategy.barrier("soft-label store")
         self._appender = SoftLabelAppender(self.store, header, rank=trainer.global_rank, shard_bytes=self.shard_bytes)
         pl_module.wanted_rows = self._missing_rows

@@ -57,7 +57,9 @@ def other_parsers() -> dict[str, ArgumentParser]:
     parsers = {name: ArgumentParser() for name, (module, _) in COMMANDS.items() if module != "cli"}
     parsers["configs"].add_argument("--copy", help="Name of a config and a folder.")
     parsers["labels"].add_argument(
-        "action", choices=["stats", "verify", "align"], help="What to do with the store, or with two tokenizers."
+        "action",
+        choices=["stats", "verify", "align", "export", "import"],
+        help="What to do with the store, or with two tokenizers.",
     )
     for name in ("generate", "evaluate", "benchmark", "report", "sweep", "demo"):
         module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)

@@ -88,7 +88,7 @@ def demo(
         "figures": {name: vars(figure) for name, figure in figures.items()},
         "parameters": {name: samples[name][1] for name in samples},
         "samples": {"prompt": PROMPT, **{name: text for name, (text, _) in samples.items()}},
-        "labels": {**SoftLabelStore(store).stats(), **capture},
+        "labels": {**SoftLabelStore(store).stats().summary(), **capture},
         "train_tokens": train_tokens,
         "train_tokens_per_second": {name: train_tokens / seconds[name] for name in seconds},
         "train_seconds": seconds,
@@ -176,9 +176,9 @@ def _show(root: Path, summary: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        f"Soft labels: {labels['bytes_per_labelled_token']:.0f} bytes per token, {labels['labels_per_token']:.0f} labels with "
-        f"{labels['mass_kept_mean']:.1%} of the teacher's mass, captured at {labels.get('capture_tokens_per_second', 0):,.0f} "
-        "tokens per second."
+        f"Soft labels: {labels['bytes_per_labelled_token']:.0f} bytes per token, {labels['labels_per_token']['mean']:.0f} labels "
+        f"with {labels['mass_kept']['mean']:.1%} of the teacher's mass, captured at "
+        f"{labels.get('capture_tokens_per_second', 0):,.0f} tokens per second."
     )
     console.print(f"\n[bold]{PROMPT}[/bold]")
     for name in ("teacher", *STUDENTS):

@@ -16,7 +16,7 @@ COMMANDS = {
     "predict": ("cli", "write text, or capture a teacher's soft labels"),
     "configs": ("configs", "list the packaged configs, or copy one to edit"),
     "generate": ("evaluation.generate", "text, code, a translation or a class from a model"),
-    "labels": ("labels", "statistics of a soft-label store, its verification, and how two vocabularies fit"),
+    "labels": ("labels", "statistics, verification, export and import of soft-label stores; alignment of vocabularies"),
     "sweep": ("sweep", "a search over settings, by Optuna"),
     "evaluate": ("evaluation.evaluate", "downstream tasks of a model, by lm-eval"),
     "benchmark": ("benchmarks.command", "a grid of variants and seeds; one result file a cell"),

@@ -126,15 +126,10 @@ class _LinearLoss(torch.autograd.Function):
             sums = torch.zeros(3, device=device, dtype=torch.float64)
             confidence = torch.empty(tokens, device=device)
             correct = torch.empty(tokens, device=device, dtype=torch.bool)
-            buffer = torch.empty(min(chunk_tokens, tokens), vocabulary, device=device, dtype=torch.float32)
             tempered = soft_targets is not None and soft_targets.temperature != 1.0
-            scratch = torch.empty_like(buffer) if tempered else None
-            for start in range(0, tokens, chunk_tokens):
-                rows = slice(start, min(start + chunk_tokens, tokens))
-                count = rows.stop - rows.start
-                logits = buffer[:count]
-                _project(states[rows], head, logits)
-                second = None if scratch is None else scratch[:count]
+            scratch = torch.empty(min(chunk_tokens, tokens), vocabulary, device=device) if tempered else None
+            for rows, logits in _chunks_of_logits(hidden_states, weight, chunk_tokens, dtype):
+                second = None if scratch is None else scratch[: len(logits)]
                 top_ids, confidence[rows] = _chunk(logits, labels[rows], sums, soft_targets, soft_weight, rows, second, grad)
                 correct[rows] = top_ids == labels[rows]
                 if ctx.hidden_gradient is not None:
@@ -158,6 +153,65 @@ class _LinearLoss(torch.autograd.Function):
             results.append(None if gradient is None else gradient.mul_(scale).to(dtype))
         ctx.hidden_gradient = ctx.weight_gradient = None
         return (*results, None, None, None, None, None, None)
+
+
+def linear_log_likelihood(hidden_states: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """Return each token's log-probability under ``softmax(hidden_states @ weight.T)`` [tokens], differentiable, in nats.
+
+    The backward pass makes the logits again, chunk by chunk, since it does not know before how tokens weigh.
+
+    Args:
+        hidden_states: Final hidden states [tokens, hidden size].
+        weight: Weight of the language-model head [vocabulary, hidden size].
+        labels: Next token's id for each of them [tokens], int64.
+        chunk_tokens: Tokens whose logits exist at the same time; None takes 64 on a CPU and 1024 elsewhere.
+    """
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    chunk_tokens = chunk_tokens or (64 if device == "cpu" else 1024)
+    return _LinearLogLikelihood.apply(hidden_states, weight, labels, chunk_tokens, dtype)
+
+
+class _LinearLogLikelihood(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden_states, weight, labels)
+        ctx.chunk_tokens, ctx.dtype = chunk_tokens, dtype
+        found = torch.empty(len(labels), device=hidden_states.device)
+        for rows, logits in _chunks_of_logits(hidden_states, weight, chunk_tokens, dtype):
+            chosen = logits.gather(1, labels[rows, None])[:, 0]
+            found[rows] = chosen - _exponentiate_(logits)[2]
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, weight, labels = ctx.saved_tensors
+        hidden_gradient = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
+        weight_gradient = weight.new_zeros(weight.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        states = hidden_states.detach().to(ctx.dtype)
+        for rows, logits in _chunks_of_logits(hidden_states, weight, ctx.chunk_tokens, ctx.dtype):
+            inverse_sum = _exponentiate_(logits)[3]
+            slope = gradient[rows].float()
+            logits.mul_((-slope * inverse_sum)[:, None]).scatter_add_(1, labels[rows, None], slope[:, None])
+            _project_back(logits, states[rows], weight.detach(), hidden_gradient[rows], weight_gradient)
+        own = None if weight_gradient is None else weight_gradient.to(weight.dtype)
+        return hidden_gradient.to(hidden_states.dtype), own, None, None, None
+
+
+def _chunks_of_logits(
+    hidden_states: Tensor, weight: Tensor, chunk_tokens: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows and their float32 logits [tokens, vocabulary], in one buffer."""
+    tokens = len(hidden_states)
+    head, states = weight.detach(), hidden_states.detach().to(dtype)
+    buffer = torch.empty(min(chunk_tokens, tokens), len(weight), device=weight.device, dtype=torch.float32)
+    with torch.autocast(weight.device.type, enabled=False):
+        for start in range(0, tokens, chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, tokens))
+            logits = buffer[: rows.stop - rows.start]
+            _project(states[rows], head, logits)
+            yield rows, logits
 
 
 def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -5,12 +5,30 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import zstandard
 
 from ...errors import InputError
+
+_LARGEST = 1 << 28  # bytes that anything in a store may unpack to
 
 
 class StoreError(InputError):
     """A soft-label store that is missing, damaged, of another format or made for something else."""
+
+
+def decompressed(data: bytes) -> bytes:
+    """Return what zstd packed.
+
+    Raises:
+        StoreError: If it is damaged, or says that it is larger than anything in a store.
+    """
+    try:
+        size = zstandard.get_frame_parameters(data).content_size
+        if not 0 <= size <= _LARGEST:
+            raise StoreError("a packed part does not say its size, or is larger than a store has")
+        return zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise StoreError(f"a packed part is damaged: {error}") from error
 
 
 @dataclass
@@ -49,6 +67,17 @@ class Codec(Protocol):
 
     def decode(self, data: bytes) -> StoredSequence:
         """Return the sequence of some bytes; raise a StoreError if they are none."""
+        ...
+
+    def column_bytes(self, data: bytes) -> dict[str, float]:
+        """Return how many of a record's bytes each column takes: counts, ids, values, tail, realised."""
+        ...
+
+    def error_bound(self, sequence: StoredSequence) -> np.ndarray:
+        """Return, for each supervised token, what rounding can cost: KL(what was kept and the tail || what is read) in nats.
+
+        Second order in the size of the steps; bfloat16, in which labels come, counts as exact.
+        """
         ...
 
 
@@ -118,6 +147,16 @@ class PlainCodec:
         if position != len(data) or int(sequence.counts.sum()) != kept or int(sequence.supervised.sum()) != supervised:
             raise StoreError("a record's columns do not fit its head")
         return sequence
+
+    def column_bytes(self, data: bytes) -> dict[str, float]:
+        """Return how many of a record's bytes each column takes, before zstd."""
+        *_, supervised, kept = self._head.unpack_from(data)
+        ids = -(-kept * self.bits // 8)
+        return {"counts": 4 * supervised, "ids": ids, "values": 2 * kept, "tail": 2 * supervised, "realised": 2 * supervised}
+
+    def error_bound(self, sequence: StoredSequence) -> np.ndarray:
+        """Return zeros: nothing is rounded."""
+        return np.zeros(len(sequence.counts))
 
     def _unpack(self, packed: np.ndarray, count: int) -> np.ndarray:
         bits = np.unpackbits(packed, count=count * self.bits, bitorder="little").reshape(count, self.bits)

@@ -2,14 +2,16 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from ...errors import InputError
 from ...modules.pretrained import tokenizer_fingerprint
 from ..base import TokenDataModule
 from ..text import TextDataModule
+from .aligned import AlignedExamples, Alignment
 from .codec import StoreError
 from .store import SoftLabelStore, sequence_layout
 
@@ -70,7 +72,11 @@ class SoftLabelDataModule(TokenDataModule):
             nor an external store's ``text`` is given, in [0, 1).
         text: The text that the store was made of; needed where its tokens are ``external``, and used then only. Its
             validation split is used when ``val_store`` is None, without soft labels.
-        train_tokens: Number of tokens to train on; the sequences beyond are left out. None takes all.
+        train_tokens: Number of tokens to train on, as the teacher counts them; the sequences beyond are left out. None takes
+            all.
+        alignment: For a store of a teacher with another tokenizer. ``vocabulary`` gives its labels the ids of the student's
+            tokens that spell the same, or of their first piece; ``positions`` leaves ids as they are, for divergences that do
+            not read them; see ``AlignedExamples``. None refuses such a store.
         teacher_fingerprint: Refuse a store of another teacher than this (``labels stats`` prints it).
         batch_size: Sequences a batch on each device.
         tokenizer: Source of the tokenizer; None takes the model's own.
@@ -90,6 +96,7 @@ class SoftLabelDataModule(TokenDataModule):
         val_fraction: float = 0.05,
         text: TextDataModule | None = None,
         train_tokens: int | None = None,
+        alignment: Alignment | None = None,
         teacher_fingerprint: str | None = None,
         batch_size: int = 2,
         tokenizer: str | None = None,
@@ -99,6 +106,10 @@ class SoftLabelDataModule(TokenDataModule):
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction={val_fraction} is no share of the store. Legal: 0 up to, not including, 1.")
+        if alignment not in (None, *get_args(Alignment)):
+            raise InputError(f"alignment={alignment!r} is unknown. Legal: {', '.join(get_args(Alignment))}, null.")
+        if alignment is not None and text is not None:
+            raise InputError("alignment goes with stored tokens: leave data.text out, and capture with tokens: stored.")
         for name, folder in (("store", store), ("val_store", val_store)):
             if folder is not None and not (Path(folder) / "header.json").is_file():
                 raise StoreError(
@@ -108,6 +119,7 @@ class SoftLabelDataModule(TokenDataModule):
         self.store_folder, self.val_folder, self.val_fraction = store, val_store, val_fraction
         self.text, self.train_tokens = text, train_tokens
         self.teacher_fingerprint = teacher_fingerprint
+        self.alignment = alignment
         self.has_soft_labels = True
         self.store: SoftLabelStore | None = None
 
@@ -139,16 +151,26 @@ class SoftLabelDataModule(TokenDataModule):
             held_out = max(1, int(len(keys) * self.val_fraction)) if self.val_folder is None and self.val_fraction else 0
             if len(keys) <= held_out:
                 raise StoreError(f"store={self.store_folder!r} has {len(keys)} sequences: too few to train on. Capture more.")
-            self.train_set = StoredExamples(self.store, self._first(keys[: len(keys) - held_out]))
-            self.val_set = StoredExamples(self.store, keys[len(keys) - held_out :]) if held_out else None
+            self.train_set = self._examples(self.store, self._first(keys[: len(keys) - held_out]))
+            self.val_set = self._examples(self.store, keys[len(keys) - held_out :]) if held_out else None
             self.val_has_soft_labels = bool(held_out)
         if self.val_folder is not None:
             val_store = self._open("val_store", self.val_folder)
             if val_store.header.tokens == "external":
                 raise StoreError(f"val_store={self.val_folder!r} was made with tokens: external. Capture it with tokens: stored.")
             self.val_has_soft_labels = True
-            self.val_set = StoredExamples(val_store, val_store.keys)
+            self.val_set = self._examples(val_store, val_store.keys)
         self.predict_set = self.val_set
+
+    def _examples(self, store: SoftLabelStore, keys: list[bytes]) -> Dataset:
+        if self.alignment is None:
+            return StoredExamples(store, keys)
+        return AlignedExamples(store, keys, self.tokenizer, self.alignment)
+
+    def label_vocabulary(self) -> np.ndarray:
+        """Return the ids of the student that labels or texts to train on have, rising, int64; reads them all."""
+        assert isinstance(self.train_set, AlignedExamples)
+        return self.train_set.label_vocabulary()
 
     def _first(self, keys: list[bytes]) -> list[bytes]:
         assert self.store is not None
@@ -168,11 +190,11 @@ class SoftLabelDataModule(TokenDataModule):
     def _open(self, name: str, folder: str) -> SoftLabelStore:
         store = SoftLabelStore(folder)
         ours = tokenizer_fingerprint(self.tokenizer)
-        if store.header.tokenizer_fingerprint != ours:
+        if store.header.tokenizer_fingerprint != ours and self.alignment is None:
             raise StoreError(
                 f"{name}={folder!r} was made with another tokenizer: that of {store.header.teacher} "
-                f"({store.header.tokenizer_fingerprint}), not the student's ({ours}). Capture with a teacher that has the "
-                "student's tokenizer."
+                f"({store.header.tokenizer_fingerprint}), not the student's ({ours}). Give data.alignment=vocabulary to "
+                "match both by what their tokens spell, or capture with a teacher that has the student's tokenizer."
             )
         wanted = self.teacher_fingerprint
         if wanted is not None and store.header.teacher_fingerprint != wanted:

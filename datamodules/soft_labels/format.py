@@ -13,18 +13,23 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import zstandard
 
-from ...files import write_json
+from ...files import write_atomic, write_json
 from ...modules.distillation import LabelSettings
-from .codec import Codec, PlainCodec, StoredSequence, StoreError
+from ...modules.distillation.alignment import Spelling
+from .codec import Codec, PlainCodec, StoredSequence, StoreError, decompressed
 from .ranked import RankedCodec, Values, ValueSteps
 from .tables import LabelTables, tables_path
 
 Decoded = TypeVar("Decoded")
 
+_FORMAT = "fulgurite-soft-labels"
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
 CODECS = (RankedCodec.name, PlainCodec.name)
 HEADER = "header.json"
+_SPELLING = "spelling.fls"
+_SPELLING_HEAD = struct.Struct("<4sIIi")  # magic, CRC-32 of the rest, tokens, end-of-text token or -1
+_SPELLING_MAGIC = b"FLGS"
 _MAGIC = b"FLGB"
 _BLOCK = struct.Struct("<4sI16sI")  # magic, length of the payload, key, CRC-32 of the three and the payload
 
@@ -61,7 +66,8 @@ class StoreHeader:
 
     def write(self, folder: Path) -> None:
         """Write the header into a store's folder, atomically."""
-        write_json(folder / HEADER, {"format": "fulgurite-soft-labels", "version": FORMAT_VERSION, **asdict(self)})
+        fields = {"format": _FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        write_json(folder / HEADER, {**fields, "checksum": _checksum(fields)})
 
     @classmethod
     def read(cls, folder: Path) -> "StoreHeader":
@@ -75,21 +81,37 @@ class StoreHeader:
             raise StoreError(f"{folder} holds no soft-label store: {HEADER} is missing.")
         try:
             fields = json.loads(path.read_text("utf-8"))
-            if fields.pop("format") != "fulgurite-soft-labels":
+            checksum = fields.pop("checksum", None)
+            if fields["format"] != _FORMAT:
                 raise StoreError(f"{path} is not the header of a soft-label store.")
-            version = fields.pop("version")
+            version = fields["version"]
             if version not in _READABLE:
                 raise StoreError(f"{path} has format version {version}; this release reads 1 and 2. Update it, or capture again.")
+            if version >= 2 and checksum != _checksum(fields):
+                raise ValueError("its checksum does not fit")
+            del fields["format"], fields["version"]
             header = cls(**{**fields, "settings": LabelSettings(**fields["settings"])})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            header.check()
+        except StoreError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{path} is damaged ({error!r}). Restore the file or capture again.") from error
-        if header.codec not in CODECS:
-            raise StoreError(f"{path} names the codec {header.codec!r}. Legal: {', '.join(CODECS)}.")
         return header
+
+    def check(self) -> None:
+        """Raise an InputError that names a field which has no meaning, TypeError or ValueError for one of another type."""
+        if self.codec not in CODECS:
+            raise StoreError(f"codec={self.codec!r} is unknown. Legal: {', '.join(CODECS)}.")
+        if self.tokens not in ("stored", "external"):
+            raise StoreError(f"tokens={self.tokens!r} is unknown. Legal: stored, external.")
+        if not 1 <= int(self.vocabulary) < 1 << 31:
+            raise StoreError(f"vocabulary={self.vocabulary} is no size of a vocabulary. Legal: 1 to {(1 << 31) - 1}.")
+        self.settings.check()
+        self.steps()
 
     def differences(self, other: "StoreHeader") -> list[str]:
         """Return one phrase for every field in which two headers differ."""
-        ours, theirs = asdict(self), asdict(other)
+        ours, theirs = ({**asdict(header), "settings": header.settings.identity()} for header in (self, other))
         return [f"{name} is {ours[name]} there, {theirs[name]} here" for name in ours if ours[name] != theirs[name]]
 
     def steps(self) -> ValueSteps:
@@ -130,6 +152,46 @@ class StoreHeader:
         return digest.digest()
 
 
+def _checksum(fields: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(fields, sort_keys=True).encode()):08x}"
+
+
+def write_spelling(folder: Path, spelling: Spelling) -> None:
+    """Keep what the teacher's tokens stand for, so that students with other tokenizers can learn from the store."""
+    lengths = np.array([-1 if part is None else len(part) for part in spelling.tokens], dtype="<i4")
+    packed = zstandard.ZstdCompressor(level=9).compress(lengths.tobytes() + b"".join(part or b"" for part in spelling.tokens))
+    rest = struct.pack("<Ii", len(lengths), -1 if spelling.end is None else spelling.end) + packed
+    write_atomic(folder / _SPELLING, _SPELLING_MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest)
+
+
+def read_spelling(folder: Path) -> Spelling:
+    """Return what the teacher's tokens stand for.
+
+    Raises:
+        StoreError: If the store does not have it, or it is damaged.
+    """
+    path = folder / _SPELLING
+    try:
+        data = path.read_bytes()
+        magic, checksum, count, end = _SPELLING_HEAD.unpack_from(data)
+        if magic != _SPELLING_MAGIC or zlib.crc32(data[8:]) != checksum:
+            raise ValueError("its checksum does not fit")
+        unpacked = decompressed(data[_SPELLING_HEAD.size :])
+        lengths = np.frombuffer(unpacked, dtype="<i4", count=count)
+        if lengths.clip(0).sum(dtype=np.int64) + 4 * count != len(unpacked):
+            raise ValueError("its tokens do not fit its head")
+    except OSError as error:
+        raise StoreError(
+            f"{folder} does not hold what its teacher's tokens spell ({error.strerror}), so only students with the teacher's "
+            "tokenizer can learn from it. Capture again."
+        ) from error
+    except (struct.error, ValueError, StoreError) as error:
+        raise StoreError(f"{path} is damaged ({error}). Restore the file or capture again.") from error
+    ends = 4 * count + np.cumsum(lengths.clip(0))
+    tokens = [None if length < 0 else unpacked[stop - length : stop] for length, stop in zip(lengths.tolist(), ends.tolist())]
+    return Spelling(tokens, None if end < 0 else end)
+
+
 def pack_block(key: bytes, sequence: StoredSequence, codec: Codec, compression: int) -> bytes:
     """Return a block: magic, payload length, key, CRC-32, and the record compressed by zstd."""
     payload = zstandard.ZstdCompressor(level=compression).compress(codec.encode(sequence))
@@ -161,8 +223,8 @@ def unpack_block(block: bytes, key: bytes, decode: Callable[[bytes], Decoded], w
     if stored_key != key:
         raise StoreError(f"{where}: the block belongs to another sequence than the journal says. Capture again.")
     try:
-        return decode(zstandard.ZstdDecompressor().decompress(payload))
-    except (zstandard.ZstdError, StoreError) as error:
+        return decode(decompressed(payload))
+    except StoreError as error:
         raise StoreError(f"{where}: the block cannot be read ({error}). Capture again.") from error
 
 

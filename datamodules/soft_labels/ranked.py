@@ -25,7 +25,7 @@ _BUCKETS = 6  # of the first value
 _TAIL_STEPS = 255
 _NATS = 32  # steps of a nat in the realised log-probability
 _COLUMN_GROUP = np.rint(2.5 * np.log2(np.arange(65).clip(min=1))).astype(np.int64)
-_MOST_LABELS = 1 << 26  # of a sequence
+_MOST_LABELS = 1 << 25  # of a sequence
 _MOST_NATS = (1 << 16) / _NATS
 
 
@@ -121,7 +121,7 @@ class RankedCodec:
 
     def __init__(self, vocabulary: int, steps: ValueSteps, tables: Callable[[int], LabelTables]) -> None:
         self.vocabulary, self.steps, self._tables = vocabulary, steps, tables
-        self._values = _of_bfloat16(_bfloat16_bits(steps.table()))
+        self._values = _of_bfloat16(bfloat16_bits(steps.table()))
         self.number = 0
         self.shapes = {
             "counts": (1, _NUMBERS),
@@ -249,7 +249,7 @@ class RankedCodec:
             ids=labels.ids.astype(np.uint32),
             probabilities=probabilities,
             tail=tail,
-            realised=_bfloat16_bits(-labels.realised / _NATS),
+            realised=bfloat16_bits(-labels.realised / _NATS),
         )
 
     def decode_rounded(self, data: bytes) -> RoundedLabels:
@@ -257,6 +257,27 @@ class RankedCodec:
         labels = self._columns(data)[-1]
         order = self._order(labels.counts, labels.levels, labels.ids)
         return replace(labels, levels=labels.levels[order], ids=labels.ids[order])
+
+    def column_bytes(self, data: bytes) -> dict[str, float]:
+        """Return how many of a record's bytes each column takes, by the frequencies that its symbols have."""
+        tables = self.tables(self._head.unpack_from(data)[0])
+        symbols, rest = self.symbols(self.decode_rounded(data), tables)
+        size = {name: tables.frequencies[name].bits(own) / 8 for name, own in symbols.items()}
+        for name, (bits, _) in rest.items():
+            size[name] += float(bits.sum()) / 8
+        ids, values = size.pop("topic") + size.pop("delta"), size.pop("first") + size.pop("gap")
+        return {**size, "ids": ids, "values": values}
+
+    def error_bound(self, sequence: StoredSequence) -> np.ndarray:
+        """Return twice the squared distance that the square roots of values and tail can have moved [supervised tokens], nats."""
+        tail = 2 * (0.5 / _TAIL_STEPS) ** 2
+        if self.steps.values == "even":
+            return np.zeros(len(sequence.counts))
+        if self.steps.values == "sqrt":
+            return sequence.counts * self.steps.step**2 / 2 + tail * (self.steps.floor == 0)
+        owner = np.repeat(np.arange(len(sequence.counts)), sequence.counts)
+        mass = np.bincount(owner, _of_bfloat16(sequence.probabilities), minlength=len(sequence.counts))
+        return mass * self.steps.step**2 / 8 + tail
 
     def _columns(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, RoundedLabels]:
         if len(data) < self._head.size:
@@ -284,7 +305,7 @@ class RankedCodec:
     def _probabilities(self, labels: RoundedLabels) -> tuple[np.ndarray, np.ndarray]:
         """Return what labels and tails stand for, bfloat16 as uint16; a token's add up to at most 1, unless they are samples."""
         values = self._values[labels.levels]
-        tail = _of_bfloat16(_bfloat16_bits((labels.tail / _TAIL_STEPS) ** 2))
+        tail = _of_bfloat16(bfloat16_bits((labels.tail / _TAIL_STEPS) ** 2))
         if self.steps.floor or self.steps.values == "even":
             return _cut(values), _cut(tail)
         mass = np.bincount(np.repeat(np.arange(len(labels.counts)), labels.counts), values, minlength=len(labels.counts)) + tail
@@ -430,6 +451,7 @@ def _cut(values: np.ndarray) -> np.ndarray:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Return numbers as the nearest bfloat16, in uint16."""
     whole = values.astype(np.float32).view(np.uint32)
     return ((whole + 0x7FFF + ((whole >> 16) & 1)) >> 16).astype(np.uint16)

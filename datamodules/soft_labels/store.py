@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ...modules.distillation import SoftLabels
+from ...modules.distillation.alignment import Spelling
 from .codec import Codec, StoredSequence, StoreError
-from .format import Decoded, StoreHeader, journal_line, pack_block, read_journal, unpack_block, whole_blocks
+from .format import Decoded, StoreHeader, journal_line, pack_block, read_journal, read_spelling, unpack_block, whole_blocks
 from .learner import TableLearner
 from .ranked import RankedCodec, RoundedLabels
 
@@ -26,6 +27,61 @@ class _Place:
     offset: int
     length: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds.
+
+    Args:
+        header: What it was made with.
+        sequences: Number of sequences.
+        tokens: Number of their tokens.
+        size: Bytes of all blocks.
+        tables: Bytes of all tables.
+        columns: Bytes of each column within the records; tokens in stored stores are shrunk by zstd afterwards.
+        counts: Labels kept for each supervised token [supervised tokens].
+        tail: Probability of what was not kept, or was sampled [supervised tokens].
+        error_bound: What rounding can cost each of them, in nats; see ``Codec.error_bound``.
+    """
+
+    header: StoreHeader
+    sequences: int
+    tokens: int
+    size: int
+    tables: int
+    columns: dict[str, float]
+    counts: np.ndarray
+    tail: np.ndarray
+    error_bound: np.ndarray
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures as plain JSON: means and extremes."""
+        tokens = max(len(self.counts), 1)
+        labels = {name: size / tokens for name, size in self.columns.items() if name != "tokens"}
+
+        def ends(values: np.ndarray) -> dict[str, float]:
+            if not len(values):
+                return {}
+            found = {"mean": values.mean(), "p99": np.quantile(values, 0.99), "least": values.min(), "most": values.max()}
+            return {name: float(value) for name, value in found.items()}
+
+        return {
+            "teacher": self.header.teacher,
+            "teacher_fingerprint": self.header.teacher_fingerprint,
+            "settings": self.header.settings.identity(),
+            "codec": self.header.codec,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "labelled_tokens": len(self.counts),
+            "bytes": self.size,
+            "bytes_of_tables": self.tables,
+            "bytes_per_labelled_token": self.size / tokens,
+            "bytes_per_labelled_token_by_column": {**labels, "all_labels": sum(labels.values())},
+            "labels_per_token": ends(self.counts),
+            "mass_kept": ends(1 - self.tail),
+            "error_bound_nats": ends(self.error_bound),
+        }
 
 
 def sequence_layout(position_ids: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -154,9 +210,9 @@ class SoftLabelStore:
         ids[kept], probabilities[kept] = sequence.ids, sequence.probabilities
         return SoftLabels(
             torch.from_numpy(ids),
-            _bfloat16(probabilities),
-            _bfloat16(sequence.tail),
-            _bfloat16(sequence.realised),
+            bfloat16(probabilities),
+            bfloat16(sequence.tail),
+            bfloat16(sequence.realised),
             self.header.settings.temperature,
             self.header.settings.unbiased,
         )
@@ -169,31 +225,44 @@ class SoftLabelStore:
         """Return 32 hexadecimal digits of the store's settings and keys, for results to quote."""
         return hashlib.blake2b(b"".join(sorted(self.keys)), digest_size=16).hexdigest()
 
-    def stats(self) -> dict[str, Any]:
-        """Return counts, sizes and the kept mass of a store; reads every block."""
-        supervised = kept = columns = 0
-        mass, shortest = 0.0, 1.0
-        for sequence in map(self.read, self.keys):
-            supervised += len(sequence.counts)
-            kept += int(sequence.counts.sum())
-            columns += 4 * len(sequence.tokens)
-            if len(sequence.tail):
-                here = 1 - _bfloat16(sequence.tail).double()
-                mass, shortest = mass + float(here.sum()), min(shortest, float(here.min()))
-        size = sum(place.length for place in self._places.values())
-        return {
-            "teacher": self.header.teacher,
-            "teacher_fingerprint": self.header.teacher_fingerprint,
-            "settings": self.header.settings.__dict__,
-            "sequences": len(self),
-            "tokens": sum(place.tokens for place in self._places.values()),
-            "labelled_tokens": supervised,
-            "bytes": size,
-            "bytes_per_labelled_token": size / max(supervised, 1),
-            "labels_per_token": kept / max(supervised, 1),
-            "mass_kept_mean": mass / max(supervised, 1),
-            "mass_kept_least": shortest,
-        }
+    def spelling(self) -> Spelling:
+        """Return what the teacher's tokens stand for.
+
+        Raises:
+            StoreError: If the store does not hold it, or not the tokens of its text.
+        """
+        if self.header.tokens == "external":
+            raise StoreError(
+                f"{self.folder} was made with tokens: external, so a student with another tokenizer finds no text in it. Capture "
+                "with tokens: stored."
+            )
+        return read_spelling(self.folder)
+
+    def stats(self) -> "StoreStats":
+        """Return counts, sizes and errors of a store; reads every block."""
+        columns = dict.fromkeys(("tokens", "counts", "ids", "values", "tail", "realised"), 0.0)
+        counts, tails, bounds = [], [], []
+        for key in self.keys:
+            codec = self._codec(self._places[key].shard)
+            record = self._decoded(key, bytes)
+            sequence = self.read(key)
+            columns["tokens"] += 4 * len(sequence.tokens)
+            for name, size in codec.column_bytes(record).items():
+                columns[name] += size
+            counts.append(sequence.counts)
+            tails.append(bfloat16(sequence.tail).float().numpy())
+            bounds.append(codec.error_bound(sequence))
+        return StoreStats(
+            self.header,
+            sequences=len(self),
+            tokens=sum(place.tokens for place in self._places.values()),
+            size=sum(place.length for place in self._places.values()),
+            tables=sum(path.stat().st_size for path in self.folder.glob("tables-*.flt")),
+            columns=columns,
+            counts=np.concatenate([np.zeros(0, np.uint32), *counts]),
+            tail=np.concatenate([np.zeros(0, np.float32), *tails]),
+            error_bound=np.concatenate([np.zeros(0), *bounds]),
+        )
 
     def verify(self) -> Iterator[bytes]:
         """Read and check every block, yielding its key.
@@ -215,9 +284,12 @@ class SoftLabelStore:
             if len(sequence.ids) and int(sequence.ids.max()) >= self.header.vocabulary:
                 raise StoreError(f"{where}: an id is outside the vocabulary of {self.header.vocabulary}. Capture again.")
             settings = self.header.settings
-            mass = _bfloat16(sequence.tail).double() * (not settings.unbiased)
+            mass = bfloat16(sequence.tail).double() * (not settings.unbiased)
             owners = torch.repeat_interleave(torch.from_numpy(sequence.counts.astype(np.int64)))
-            mass = mass.index_add(0, owners, _bfloat16(sequence.probabilities).double())
+            mass = mass.index_add(0, owners, bfloat16(sequence.probabilities).double())
+            realised = bfloat16(sequence.realised)
+            if not bool((torch.isfinite(realised) & (realised <= 0)).all()):
+                raise StoreError(f"{where}: a log-probability is none. Capture again.")
             if len(mass) and not bool(((mass - 1).abs() < 0.02 + settings.floor).all()):
                 raise StoreError(f"{where}: probabilities do not add up to 1. Capture again.")
             if len(sequence.tokens) and self.header.key(sequence.tokens, sequence.starts, sequence.supervised) != key:
@@ -225,7 +297,8 @@ class SoftLabelStore:
             yield key
 
 
-def _bfloat16(values: np.ndarray) -> torch.Tensor:
+def bfloat16(values: np.ndarray) -> torch.Tensor:
+    """Return uint16 [...] as the bfloat16 that they are."""
     return torch.from_numpy(np.ascontiguousarray(values).view(np.int16).copy()).view(torch.bfloat16)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import zstandard
 
 from ...files import write_atomic
-from .codec import StoreError
+from .codec import StoreError, decompressed
 
 TOPICS = 64  # groups of tokens whose labels are alike, each with an order of the ids of its own
 LISTED = 2048  # ids at most in a topic's own order; others follow in the order of all
@@ -26,8 +26,7 @@ _ROUNDS = 5  # of assigning tokens to topics
 _SAMPLE = 16384  # tokens that topics are found on
 _SMOOTHING = 800.0  # labels' worth of the order of all in each topic
 _MAGIC = b"FLGT"
-_HEAD = struct.Struct("<4sIIII")  # magic, CRC-32 of the rest, length unpacked, ids in the order, topics
-_LARGEST = 1 << 28  # bytes of tables that are read
+_HEAD = struct.Struct("<4sIII")  # magic, CRC-32 of the rest, ids in the order, topics
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,10 @@ class Frequencies:
             row = self.table[context].astype(np.float64) / _SCALE
             self._models[context] = constriction.stream.model.Categorical(row, perfect=False)
         return self._models[context]
+
+    def bits(self, symbols: Symbols) -> float:
+        """Return what symbols cost, in bits."""
+        return float(np.log2(_SCALE / self.table[symbols.contexts, symbols.values]).sum())
 
     def encode(self, coder: Any, symbols: Symbols) -> None:
         """Put symbols onto an ANS coder, which gives back last what was put first."""
@@ -201,7 +204,7 @@ class LabelTables:
             parts += [struct.pack("<II", *table.shape), table.astype("<u2").tobytes()]
         body = b"".join(parts)
         packed = zstandard.ZstdCompressor(level=12).compress(body)
-        head = _HEAD.pack(_MAGIC, 0, len(body), seen, len(self.topics))[8:]
+        head = _HEAD.pack(_MAGIC, 0, seen, len(self.topics))[8:]
         write_atomic(path, _MAGIC + struct.pack("<I", zlib.crc32(packed, zlib.crc32(head))) + head + packed)
 
     @classmethod
@@ -225,10 +228,13 @@ class LabelTables:
         damaged = StoreError(f"{path} is damaged. Restore the file, or delete the store and capture again.")
         if len(data) < _HEAD.size:
             raise damaged
-        magic, checksum, length, seen, topics = _HEAD.unpack_from(data)
-        if magic != _MAGIC or checksum != zlib.crc32(data[8:]) or length > _LARGEST or seen > vocabulary:
+        magic, checksum, seen, topics = _HEAD.unpack_from(data)
+        if magic != _MAGIC or checksum != zlib.crc32(data[8:]) or seen > vocabulary or not 1 <= topics <= TOPICS:
             raise damaged
-        body = memoryview(zstandard.ZstdDecompressor().decompress(data[_HEAD.size :], max_output_size=length))
+        try:
+            body = memoryview(decompressed(data[_HEAD.size :]))
+        except StoreError:
+            raise damaged from None
         position = 0
 
         def take(count: int, dtype: str) -> np.ndarray:
@@ -249,8 +255,12 @@ class LabelTables:
             contexts, symbols = (int(size) for size in take(2, "<u4"))
             if (contexts, symbols) != shapes[name]:
                 raise damaged
-            frequencies[name] = Frequencies(take(contexts * symbols, "<u2").reshape(contexts, symbols))
-        if position != len(body) or len(first) + len(rest) != vocabulary:
+            table = take(contexts * symbols, "<u2").reshape(contexts, symbols)
+            if table.min() < 1 or (table.sum(axis=1, dtype=np.int64) != _SCALE).any():
+                raise damaged
+            frequencies[name] = Frequencies(table)
+        outside = any(len(part) and (part.min() < least or part.max() >= vocabulary) for part, least in ((first, 0), (lists, -1)))
+        if position != len(body) or len(first) + len(rest) != vocabulary or outside:
             raise damaged
         return cls(vocabulary, np.concatenate([first, rest]), lists, frequencies)
 

@@ -12,9 +12,31 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..pretrained import token_bytes
+from ..pretrained import needs_bos, token_bytes
 
 _BATCH = 4096  # spellings that are tokenised at the same time
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What a tokenizer's ids stand for.
+
+    Args:
+        tokens: Bytes that each token spells; None for special tokens [vocabulary].
+        end: Id of the end-of-text token; None where there is none.
+    """
+
+    tokens: Sequence[bytes | None]
+    end: int | None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Spelling":
+        """Return the spelling of a tokenizer.
+
+        Raises:
+            InputError: If its tokens do not spell their text.
+        """
+        return cls(token_bytes(tokenizer), tokenizer.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -22,7 +44,7 @@ class VocabularyAlignment:
     """What id of the student's vocabulary each token of the teacher's takes.
 
     Args:
-        ids: int32 [teacher's vocabulary]; -1 for special tokens, which no text spells.
+        ids: int32 [teacher's vocabulary]; -1 for special tokens, which no text spells, but for the end of a text.
         exact: Whether the student has a token of the same bytes, bool [teacher's vocabulary]; the others take their first piece.
     """
 
@@ -30,18 +52,18 @@ class VocabularyAlignment:
     exact: np.ndarray
 
     @classmethod
-    def of(cls, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, vocabulary: int = 0) -> "VocabularyAlignment":
-        """Align the vocabularies of two tokenizers.
+    def of(cls, teacher: Spelling, student: PreTrainedTokenizerBase, vocabulary: int = 0) -> "VocabularyAlignment":
+        """Align a teacher's vocabulary with that of a student's tokenizer.
 
         Args:
-            teacher: Byte-level or SentencePiece-like.
-            student: The same.
+            teacher: What its tokens stand for.
+            student: Byte-level or SentencePiece-like.
             vocabulary: Number of ids of the teacher's head, which may have more than its tokenizer; those mean nothing.
 
         Raises:
-            InputError: If a tokenizer's tokens do not spell their text.
+            InputError: If the student's tokens do not spell their text.
         """
-        spelled, own = token_bytes(teacher), token_bytes(student)
+        spelled, own, end = teacher.tokens, token_bytes(student), student.eos_token_id
         known: dict[bytes, int] = {}
         for number, part in enumerate(own):
             if part:
@@ -57,6 +79,8 @@ class VocabularyAlignment:
         for start in range(0, len(others), _BATCH):
             some = others[start : start + _BATCH]
             ids[some] = _first_pieces([spelled[number] or b"" for number in some], student, own, known)
+        if teacher.end is not None and end is not None:
+            ids[teacher.end], exact[teacher.end] = end, True
         return cls(ids, exact)
 
 
@@ -160,3 +184,46 @@ def shared_boundaries(teacher_ends: np.ndarray, student_ends: np.ndarray) -> tup
     if not len(common) or common[0] > 0:
         teacher, student = np.insert(teacher, 0, 0), np.insert(student, 0, 0)
     return teacher.astype(np.int64), student.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class AlignedText:
+    """A student's tokens of a text that a teacher has read, and where both have a boundary.
+
+    Args:
+        ids: The student's tokens.
+        teacher: How many of the teacher's tokens stand before each boundary, rising, int64 [boundaries].
+        student: How many of the student's, the same.
+    """
+
+    ids: list[int]
+    teacher: np.ndarray
+    student: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[int], teacher: Spelling, tokenizer: PreTrainedTokenizerBase, student: Spelling) -> "AlignedText":
+        """Write a text that a teacher has read in a student's tokens.
+
+        Half a character at an end, as blocks of tokens have it, is left out. The end-of-text token stays one; a BOS token is put
+        in front where the student's tokenizer does so itself.
+
+        Args:
+            ids: The teacher's tokens of a document or of a part of one.
+            teacher: What they stand for.
+            tokenizer: The student's.
+            student: What its tokens stand for.
+        """
+        ended = len(ids) > 0 and ids[-1] == teacher.end
+        said = SpelledText.of(ids[: len(ids) - ended], teacher.tokens)
+        text = said.text.lstrip("\ufffd")
+        left_out = len(said.text) - len(text)
+        text = text.rstrip("\ufffd")
+        own, own_ends = tokenize(text, tokenizer, student.tokens)
+        if needs_bos(tokenizer):
+            assert isinstance(tokenizer.bos_token_id, int)
+            own, own_ends = [tokenizer.bos_token_id, *own], np.insert(own_ends, 0, 0)
+        before, behind = shared_boundaries(np.where(said.ends < 0, -1, said.ends - left_out), own_ends)
+        if ended and student.end is not None:
+            own = [*own, student.end]
+            before, behind = np.append(before, len(ids)), np.append(behind, len(own))
+        return cls(own, before, behind)

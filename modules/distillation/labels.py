@@ -100,6 +100,9 @@ class SoftLabels:
         realised: Log-probability (nats) that the teacher gives the text's own next token [N], bfloat16.
         temperature: Temperature of the teacher's softmax.
         unbiased: Whether the probabilities are samples; see ``LabelSettings.unbiased``.
+        chunk_tokens: With labels of another tokenizer: how many tokens the chunk has that begins at this one, 0 where none does
+            [N], int32; see ``chunk_loss``.
+        chunk_log_probability: Log-probability (nats) that the teacher gives the text of that chunk [N], float32.
     """
 
     ids: Tensor
@@ -108,6 +111,8 @@ class SoftLabels:
     realised: Tensor
     temperature: float = 1.0
     unbiased: bool = False
+    chunk_tokens: Tensor | None = None
+    chunk_log_probability: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -132,6 +137,8 @@ class SoftLabels:
             probabilities=change(self.probabilities),
             tail=change(self.tail),
             realised=change(self.realised),
+            chunk_tokens=None if self.chunk_tokens is None else change(self.chunk_tokens),
+            chunk_log_probability=None if self.chunk_log_probability is None else change(self.chunk_log_probability),
         )
 
     @staticmethod
@@ -149,7 +156,13 @@ class SoftLabels:
             torch.cat([part.realised for part in parts]),
             parts[0].temperature,
             parts[0].unbiased,
+            _joined([part.chunk_tokens for part in parts]),
+            _joined([part.chunk_log_probability for part in parts]),
         )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    return torch.cat([part for part in parts if part is not None]) if parts[0] is not None else None
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Divergences of a student from a teacher, on kept labels or on the full vocabulary, for ``linear_loss``."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ...errors import InputError
 from .labels import LabelSettings, SoftLabels
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "uld"]
 Remainder = Literal["tail_bucket", "renormalize"]
 
 _TINY = 1e-7  # below this, 1 - sum(q) is rounding noise in float32
@@ -19,13 +19,13 @@ def check_divergence(divergence: str, remainder: str, settings: LabelSettings | 
     """Raise an InputError for a name that is unknown, a pair that has no finite value, or labels that are wrong for it.
 
     Args:
-        divergence: ``forward_kl``, ``reverse_kl`` or ``jensen_shannon``.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon`` or ``uld``.
         remainder: ``tail_bucket`` or ``renormalize``.
         settings: How the labels are selected, where it is known already.
     """
     for name, value, legal in (
-        ("divergence", divergence, ("forward_kl", "reverse_kl", "jensen_shannon")),
-        ("remainder", remainder, ("tail_bucket", "renormalize")),
+        ("divergence", divergence, get_args(Divergence)),
+        ("remainder", remainder, get_args(Remainder)),
     ):
         if value not in legal:
             raise InputError(f"{name}={value!r} is unknown. Legal: {', '.join(legal)}.")
@@ -34,7 +34,11 @@ def check_divergence(divergence: str, remainder: str, settings: LabelSettings | 
             "divergence='reverse_kl' is infinite with remainder='renormalize', which gives every token that was not kept "
             "the probability 0. Use remainder='tail_bucket', or forward_kl or jensen_shannon."
         )
-    if settings is None or not settings.unbiased:
+    if settings is None:
+        return
+    if divergence == "uld" and settings.selection == "full":
+        raise InputError("divergence='uld' compares kept labels. Use selection='fixed' or 'adaptive', or another divergence.")
+    if not settings.unbiased:
         return
     if divergence != "forward_kl":
         raise InputError(
@@ -55,8 +59,12 @@ def divergence_and_slope(p: Tensor, log_q: Tensor, divergence: str) -> tuple[Ten
     Args:
         p: The teacher's probabilities [tokens, outcomes]; zeros are allowed but for ``reverse_kl``.
         log_q: The student's log-probabilities [tokens, outcomes].
-        divergence: Jensen-Shannon is the mean of both KLs to the even mixture (Lin 1991), in nats.
+        divergence: Jensen-Shannon is the mean of both KLs to the even mixture (Lin 1991), in nats; ``uld`` the sum of absolute
+            differences, of outcomes that the caller has sorted.
     """
+    if divergence == "uld":
+        q = log_q.exp()
+        return (p - q).abs().sum(dim=1), q * torch.sign(q - p)
     if divergence == "forward_kl":
         return (torch.xlogy(p, p) - p * log_q).sum(dim=1), -p
     q = log_q.exp()
@@ -76,7 +84,8 @@ class KeptLabelTargets:
 
     Args:
         labels: Kept labels of the supervised tokens.
-        divergence: Divergence of the student from the teacher.
+        divergence: Divergence of the student from the teacher. ``uld`` compares the likeliest with the likeliest, the second
+            with the second and so on, whatever tokens they are (universal logit distillation, arXiv 2402.12030).
         remainder: ``tail_bucket`` keeps the teacher's remaining mass as one outcome, to which the student's remaining
             mass is compared; ``renormalize`` scales the kept probabilities up to 1 (the plain form of the method; Sparse
             Logit Sampling, arXiv 2503.16870, shows what it teaches wrongly).
@@ -102,7 +111,10 @@ class _KeptLabelChunk:
         self.ids = labels.ids.long().clamp(min=0)
         self.padding = labels.ids < 0
         self.top_ids = self.ids[:, 0]
-        self.kept_logits = logits.gather(1, self.ids)
+        if targets.divergence == "uld":
+            self.kept_logits, self.ids = logits.topk(self.ids.shape[1], dim=1)
+        else:
+            self.kept_logits = logits.gather(1, self.ids)
         p = labels.probabilities.float()
         if targets.remainder == "renormalize" or labels.unbiased:
             tail = torch.zeros_like(p[:, :1])
@@ -110,7 +122,8 @@ class _KeptLabelChunk:
             tail = labels.tail.float()[:, None].clamp(min=_TINY)
         self.p = torch.cat([p, tail], dim=1)
         if not labels.unbiased:
-            self.p /= self.p.sum(dim=1, keepdim=True)  # both were rounded when they were stored
+            # Both were rounded when they were stored; a token without labels has no mass to renormalise.
+            self.p /= self.p.sum(dim=1, keepdim=True).clamp(min=_TINY)
 
     def loss(self, log_normaliser: Tensor) -> Tensor:
         log_q = self.kept_logits - log_normaliser[:, None]

@@ -1,18 +1,21 @@
 """Distillation of a student from a teacher's stored or online soft labels."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ..language_model import Batch, GenerationSettings, LanguageModel
-from ..linear_loss import LossParts, SoftTargets, linear_loss, shift_labels
+from ..linear_loss import LossParts, SoftTargets, linear_log_likelihood, linear_loss, shift_labels
 from ..pretrained import Dtype, head_weight, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
 from ..student import StudentSpec
-from .labels import LabelSettings
+from .chunks import check_chunks, chunk_loss, in_chunks
+from .labels import LabelSettings, SoftLabels
 from .loss import Divergence, FullVocabularyTargets, KeptLabelTargets, Remainder, check_divergence
 from .teacher import teacher_labels, teacher_states
 
@@ -35,8 +38,12 @@ class SoftLabelDistillation(LanguageModel):
         teacher: Source of an online teacher, for batches that bring no labels; None for stored labels only.
         selection: What is kept of the online teacher's distribution; ``full`` uses all of it.
         soft_weight: Share w of the divergence in the loss, 0 to 1; the cross-entropy to the text has the rest.
-        divergence: ``forward_kl``, ``reverse_kl`` or ``jensen_shannon``.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon``, or ``uld``, which needs no common vocabulary.
         remainder: What becomes of the mass that was not kept: ``tail_bucket`` or ``renormalize``.
+        chunk_weight: With a store of another tokenizer: share of the loss on chunks of text (``chunk_loss``) beside the rest.
+        chunk_temperature: Temperature of the chunks' likelihoods, 1 or more.
+        third_vocabulary: With a store of another tokenizer: train the softmax over the ids alone that its labels or texts have
+            (the plain form of the method); figures are over the whole vocabulary.
         optimizer: Optimizer, given its parameters.
         lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
         weights: Type of the student's weights in memory.
@@ -61,6 +68,9 @@ class SoftLabelDistillation(LanguageModel):
         soft_weight: float = 0.5,
         divergence: Divergence = "forward_kl",
         remainder: Remainder = "tail_bucket",
+        chunk_weight: float = 0.0,
+        chunk_temperature: float = 100.0,
+        third_vocabulary: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: Dtype = "float32",
@@ -74,6 +84,7 @@ class SoftLabelDistillation(LanguageModel):
         check_divergence(divergence, remainder, selection if teacher is not None else None)
         if not 0 <= soft_weight <= 1:
             raise InputError(f"soft_weight={soft_weight} is no share of the loss. Legal: 0 to 1.")
+        check_chunks(chunk_weight, chunk_temperature)
         selection.check()
         super().__init__(
             source,
@@ -92,7 +103,10 @@ class SoftLabelDistillation(LanguageModel):
         self.soft_weight = soft_weight
         self.divergence: Divergence = divergence
         self.remainder: Remainder = remainder
+        self.chunk_weight, self.chunk_temperature = chunk_weight, chunk_temperature
+        self.third_vocabulary = third_vocabulary
         self.teacher_weights: Dtype = teacher_weights
+        self._label_vocabulary: Tensor | None = None
         self._teacher: list[PreTrainedModel] = []  # in a list: no part of checkpoints, of DDP or of the optimizer
         self.mean_kl, self.mean_agreement = MeanMetric(), MeanMetric()
 
@@ -144,14 +158,45 @@ class SoftLabelDistillation(LanguageModel):
         targets = shift_labels(batch["labels"])
         supervised = targets != -100
         soft_targets = self.soft_targets(batch)
-        return linear_loss(
-            self.hidden_states(batch)[supervised],
-            head_weight(self.model),
-            targets[supervised],
+        states, weight, labels = self.hidden_states(batch)[supervised], head_weight(self.model), targets[supervised]
+        restricted = self._label_vocabulary is not None and self.training
+        if restricted:
+            weight, labels, soft_targets = self._in_third_vocabulary(weight, labels, soft_targets)
+        parts = linear_loss(
+            states,
+            weight,
+            labels,
             soft_targets=soft_targets,
             soft_weight=0.0 if soft_targets is None else self.soft_weight,
             chunk_tokens=self.loss_chunk_tokens,
         )
+        soft_labels = batch.get("soft_labels")
+        if self.chunk_weight and self.training and soft_labels is not None and soft_labels.chunk_tokens is not None:
+            parts = self._with_chunks(parts, states, weight, labels, soft_labels)
+        return parts
+
+    def _in_third_vocabulary(
+        self, weight: Tensor, labels: Tensor, soft_targets: SoftTargets | None
+    ) -> tuple[Tensor, Tensor, SoftTargets | None]:
+        """Return head, labels and targets over the third vocabulary."""
+        assert self._label_vocabulary is not None
+        vocabulary = self._label_vocabulary = self._label_vocabulary.to(weight.device)
+        if isinstance(soft_targets, KeptLabelTargets):
+            ids = soft_targets.labels.ids
+            places = torch.searchsorted(vocabulary, ids.long().clamp(min=0)).int().masked_fill(ids < 0, -1)
+            soft_targets = replace(soft_targets, labels=replace(soft_targets.labels, ids=places))
+        return weight[vocabulary], torch.searchsorted(vocabulary, labels), soft_targets
+
+    def _with_chunks(
+        self, parts: LossParts, states: Tensor, weight: Tensor, labels: Tensor, soft_labels: SoftLabels
+    ) -> LossParts:
+        """Add the loss on chunks, a mean over all tokens as the others are."""
+        within = in_chunks(soft_labels)
+        if not within.any():
+            return parts
+        likelihood = linear_log_likelihood(states[within], weight, labels[within], chunk_tokens=self.loss_chunk_tokens)
+        chunks = chunk_loss(likelihood, soft_labels, self.chunk_temperature) / max(parts.tokens, 1)
+        return replace(parts, loss=parts.loss + self.chunk_weight * chunks)
 
     def on_fit_start(self) -> None:
         """Refuse to train on a loss whose half would be missing.
@@ -170,7 +215,26 @@ class SoftLabelDistillation(LanguageModel):
         store = getattr(self.trainer.datamodule, "store", None) if stored else None  # type: ignore[attr-defined]
         if store is not None:
             check_divergence(self.divergence, self.remainder, store.header.settings)
-            self._check_vocabulary(store.header.vocabulary, "the store's teacher")
+            self._check_alignment(store.header.vocabulary)
+
+    def _check_alignment(self, vocabulary: int) -> None:
+        """Check that the loss reads the labels that the store gives: its own ids, the student's, or none."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        alignment = getattr(data, "alignment", None)
+        if alignment is None:
+            if self.divergence != "uld":
+                self._check_vocabulary(vocabulary, "the store's teacher")
+            for name, value in (("chunk_weight", self.chunk_weight), ("third_vocabulary", self.third_vocabulary)):
+                if value:
+                    raise InputError(f"{name}={value} is for a store of another tokenizer: data.alignment is null here.")
+            return
+        if alignment == "positions" and self.divergence != "uld":
+            raise InputError(
+                f"divergence={self.divergence!r} compares tokens, but data.alignment='positions' leaves the teacher's ids as "
+                "they are. Use data.alignment='vocabulary', or divergence='uld'."
+            )
+        if self.third_vocabulary:
+            self._label_vocabulary = torch.from_numpy(data.label_vocabulary())
 
     def _log_training(self, parts: LossParts) -> None:
         super()._log_training(parts)

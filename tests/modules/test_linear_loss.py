@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fulgurite.modules.distillation.labels import LabelSettings, SoftLabels, select_labels
 from fulgurite.modules.distillation.loss import FullVocabularyTargets, KeptLabelTargets
-from fulgurite.modules.linear_loss import linear_loss, shift_labels
+from fulgurite.modules.linear_loss import linear_log_likelihood, linear_loss, shift_labels
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 37
 
@@ -156,6 +156,39 @@ def test_gradient_of_sampled_labels_is_that_of_the_whole_distribution_on_average
     whole = FullVocabularyTargets(teacher, identity)
     expected = gradients(linear_loss(states, weight, labels, soft_targets=whole, soft_weight=0.7).loss, states)[0]
     assert torch.allclose(total / 1000, expected, atol=5e-4)
+
+
+@pytest.mark.parametrize("width", [1, 5, VOCABULARY])
+def test_universal_logit_distillation_equals_the_sorted_difference(width):
+    states, weight, labels, teacher = problem()
+    p = teacher.softmax(1).sort(dim=1, descending=True).values.bfloat16()
+    tail = (1 - p[:, :width].float().sum(1)).clamp(min=0).bfloat16()
+    unknown = torch.full((TOKENS, width), 10**6, dtype=torch.int32)  # ids of another vocabulary, which it must not read
+    kept = SoftLabels(unknown, p[:, :width], tail, torch.zeros(TOKENS).bfloat16())
+    parts = linear_loss(states, weight, labels, soft_targets=KeptLabelTargets(kept, "uld"), soft_weight=0.4, chunk_tokens=5)
+    logits = states.double() @ weight.double().t()
+    q = logits.softmax(1).sort(dim=1, descending=True).values
+    whole = torch.cat([p[:, :width].double(), tail.double()[:, None].clamp(min=1e-7)], 1)
+    whole = whole / whole.sum(1, keepdim=True)
+    mine = torch.cat([q[:, :width], 1 - q[:, :width].sum(1, keepdim=True)], 1)
+    slow = 0.6 * torch.nn.functional.cross_entropy(logits, labels) + 0.4 * (whole - mine).abs().sum(1).mean()
+    assert torch.allclose(parts.loss.double(), slow, atol=1e-5)
+    for ours, theirs in zip(gradients(parts.loss, states, weight), gradients(slow, states, weight)):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+def test_log_likelihood_equals_log_softmax(chunk):
+    states, weight, labels, _ = problem()
+    found = linear_log_likelihood(states, weight, labels, chunk_tokens=chunk)
+    slow = (states.double() @ weight.double().t()).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(found.double(), slow, atol=1e-5)
+    factors = torch.linspace(-1, 2, TOKENS)
+    for ours, theirs in zip(
+        gradients((found * factors).sum(), states, weight), gradients((slow * factors).sum(), states, weight)
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert gradients(linear_log_likelihood(states, weight.detach(), labels).sum(), states)[0].shape == states.shape
 
 
 def test_bf16_autocast_and_tied_weights_give_nearly_the_same_gradient():

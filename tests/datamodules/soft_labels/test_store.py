@@ -219,7 +219,8 @@ def test_full_disk_leaves_a_whole_store(tmp_path, monkeypatch, fails_at):
         ("{", "damaged"),
         ('{"format": "something", "version": 1}', "not the header"),
         (None, "format version 99"),
-        ("codec", "names the codec"),
+        ("codec", "codec='other' is unknown"),
+        ("teacher", "checksum does not fit"),
     ],
 )
 def test_other_headers_are_refused(tmp_path, content, message):
@@ -229,7 +230,9 @@ def test_other_headers_are_refused(tmp_path, content, message):
     if content is None:
         content = json.dumps({**fields, "version": 99})
     elif content == "codec":
-        content = json.dumps({**fields, "codec": "other"})
+        content = json.dumps({**fields, "version": 1, "codec": "other"})
+    elif content == "teacher":
+        content = json.dumps({**fields, "teacher": "another"})
     path.write_text(content)
     with pytest.raises(StoreError, match=message):
         SoftLabelStore(tmp_path / "s")
@@ -241,9 +244,13 @@ def test_missing_store_is_named(tmp_path):
 
 
 def test_stats_count_what_was_written(tmp_path):
-    stats = write(tmp_path / "s", range(4)).stats()
+    stats = write(tmp_path / "s", range(4)).stats().summary()
     assert (stats["sequences"], stats["tokens"], stats["labelled_tokens"]) == (4, 48, 44)
-    assert stats["labels_per_token"] == 3
-    assert stats["mass_kept_mean"] == pytest.approx(0.875)
+    assert stats["labels_per_token"] == {"mean": 3, "p99": 3, "least": 3, "most": 3}
+    assert stats["mass_kept"]["mean"] == pytest.approx(0.875)
+    columns = stats["bytes_per_labelled_token_by_column"]
+    assert columns == {"counts": 4, "ids": pytest.approx(3 * 9 / 8, abs=0.1), "values": 6, "tail": 2, "realised": 2, **columns}
+    assert columns["all_labels"] == pytest.approx(sum(columns.values()) / 2)
+    assert stats["error_bound_nats"]["most"] == 0
     size = (tmp_path / "s" / "labels-00000-00000.flb").stat().st_size
     assert stats["bytes_per_labelled_token"] == pytest.approx(size / 44)
