@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..datamodules.soft_labels import SoftLabelAppender, StoredSequence, StoreHeader
 from ..datamodules.soft_labels.format import CODECS, write_spelling
-from ..datamodules.soft_labels.ranked import Values, ValueSteps
+from ..datamodules.soft_labels.steps import Values, ValueSteps
 from ..datamodules.soft_labels.store import prepare_store, sequence_layout
 from ..errors import InputError
 from ..modules.distillation import SoftLabelTeacher

@@ -105,14 +105,13 @@ class PlainCodec:
             len(sequence.counts),
             len(sequence.ids),
         )
-        id_bits = (sequence.ids.astype(np.uint32)[:, None] >> self._shifts) & 1
         columns = (
             sequence.tokens.astype("<u4"),
             sequence.starts.astype("<u4"),
             np.packbits(sequence.supervised, bitorder="little"),
             sequence.counts.astype("<u4"),
             sequence.probabilities.astype("<u2"),
-            np.packbits(id_bits.astype(np.uint8).reshape(-1), bitorder="little"),
+            self.pack(sequence.ids),
             sequence.tail.astype("<u2"),
             sequence.realised.astype("<u2"),
         )
@@ -140,7 +139,7 @@ class PlainCodec:
             supervised=np.unpackbits(column(-(-length // 8), "u1"), count=length, bitorder="little").astype(bool),
             counts=column(supervised, "<u4"),
             probabilities=column(kept, "<u2"),
-            ids=self._unpack(column(-(-kept * self.bits // 8), "u1"), kept),
+            ids=self.unpack(column(-(-kept * self.bits // 8), "u1"), kept),
             tail=column(supervised, "<u2"),
             realised=column(supervised, "<u2"),
         )
@@ -158,7 +157,13 @@ class PlainCodec:
         """Return zeros: nothing is rounded."""
         return np.zeros(len(sequence.counts))
 
-    def _unpack(self, packed: np.ndarray, count: int) -> np.ndarray:
+    def pack(self, ids: np.ndarray) -> np.ndarray:
+        """Return ids in as many bits as the vocabulary needs, the lowest first, uint8."""
+        bits = (ids.astype(np.uint32)[:, None] >> self._shifts) & 1
+        return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
+
+    def unpack(self, packed: np.ndarray, count: int) -> np.ndarray:
+        """Return packed ids, uint32 [count]."""
         bits = np.unpackbits(packed, count=count * self.bits, bitorder="little").reshape(count, self.bits)
         # Whole bytes of each id are put together again, which is far cheaper than summing bit by bit.
         padded = np.zeros((count, 32), dtype=np.uint8)

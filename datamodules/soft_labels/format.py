@@ -17,7 +17,8 @@ from ...files import write_atomic, write_json
 from ...modules.distillation import LabelSettings
 from ...modules.distillation.alignment import Spelling
 from .codec import Codec, PlainCodec, StoredSequence, StoreError, decompressed
-from .ranked import RankedCodec, Values, ValueSteps
+from .ranked import RankedCodec
+from .steps import Values, ValueSteps
 from .tables import LabelTables, tables_path
 
 Decoded = TypeVar("Decoded")

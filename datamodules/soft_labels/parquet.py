@@ -131,6 +131,12 @@ def import_parquet(
     missing = {"input_ids", "top_ids", "top_log_probabilities"} - set(file.schema_arrow.names)
     if missing:
         raise InputError(f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(file.schema_arrow.names)}.")
+    made_with = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}")).get("settings", {})
+    if made_with.get("selection") in ("sampled", "random"):
+        raise InputError(
+            f"{path} holds labels of selection={made_with['selection']!r}, which are samples, not what the teacher found likeliest. "
+            "Copy the store itself."
+        )
     most = max((len(label) for row in _rows(file, "top_ids") for label in row["top_ids"]), default=0)
     if not most:
         raise InputError(f"{path} has no labels: every entry of top_ids is empty.")

@@ -1,91 +1,35 @@
 """Soft labels in few bytes: values in even steps and ids by rank, both written by asymmetric numeral systems.
 
-A token's labels fall in value, so values are told by their differences. Where values are equal the order says nothing: ids of one
-value are put in the order of their rank, and told by the gaps between ranks. Ranks are those of a topic, a group of tokens with
-like labels (``LabelTables``). Symbols are written with the frequencies of their context, by the ANS coder of ``constriction``.
+A token's labels fall in value, and many neighbours are of one value: these runs are told by their lengths and by the steps
+between them. Within a run the order says nothing: its ids are put in the order of their rank, and told by the gaps between ranks.
+Ranks are those of a topic, a group of tokens with like labels (``LabelTables``). Symbols are written with the frequencies of
+their context, by the ANS coder of ``constriction``.
 """
 
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import constriction
 import numpy as np
 
-from ...errors import InputError
 from .codec import StoredSequence, StoreError
+from .numbers import SYMBOLS, BitReader, pack, split
+from .steps import ValueSteps
 from .tables import TOPICS, LabelTables, Symbols
 
-Values = Literal["sqrt", "log"]
+Packed = tuple[np.ndarray, np.ndarray]  # how many bits, and which
 
-_NUMBERS = 80  # symbols of the classes of numbers
-_COLUMNS = 16  # groups of columns of labels with frequencies of their own
 _BUCKETS = 6  # of the first value
+_FEW = np.array([0, 0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 6], dtype=np.int64)  # contexts of runs before or left
+_FEWS = int(_FEW.max()) + 1
+_PLACE = np.array([0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8], dtype=np.int32)  # contexts of labels left in a run
+_PLACES = int(_PLACE.max()) + 1
 _TAIL_STEPS = 255
 _NATS = 32  # steps of a nat in the realised log-probability
-_COLUMN_GROUP = np.rint(2.5 * np.log2(np.arange(65).clip(min=1))).astype(np.int64)
 _MOST_LABELS = 1 << 25  # of a sequence
 _MOST_NATS = (1 << 16) / _NATS
-
-
-@dataclass(frozen=True)
-class ValueSteps:
-    """How probabilities are rounded.
-
-    Args:
-        values: ``sqrt``: even steps of the square root, which spread the error of a KL divergence evenly; ``log``: even steps of
-            the logarithm, for uses that raise small probabilities (temperatures above 1, reverse KL); ``even``: of the
-            probability itself, which the counts of ``random`` selection are.
-        step: Their size.
-        floor: Smallest probability that there is (``sampled`` selection), which stays exact; 0 for none. Goes with ``sqrt``.
-
-    Raises:
-        InputError: If they are of an unknown kind or of no use.
-    """
-
-    values: Literal["sqrt", "log", "even"] = "sqrt"
-    step: float = 0.01
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.values not in ("sqrt", "log", "even"):
-            raise InputError(f"values={self.values!r} is unknown. Legal: sqrt, log.")
-        if self.floor and self.values != "sqrt":
-            raise InputError(f"values={self.values!r} would round what 'sampled' selection drew. Legal with it: sqrt.")
-        if not 0.001 <= self.step <= 0.5:
-            raise InputError(
-                f"value_step={self.step} is too fine or too coarse. Legal: 0.001 to 0.5; 0.01 for sqrt, 0.05 for log."
-            )
-
-    @property
-    def levels(self) -> int:
-        """Number of levels; the first stands for the smallest values."""
-        return 2 + int(np.ceil((16.6 if self.values == "log" else 1) / self.step))
-
-    def level(self, probabilities: np.ndarray) -> np.ndarray:
-        """Return the level of each probability, int64; it never falls with the probability."""
-        p = probabilities.astype(np.float64)
-        if self.values == "log":
-            found = self.levels - 1 - np.rint(-np.log(p.clip(1e-12)) / self.step)
-        elif self.values == "even":
-            found = np.rint(p / self.step)
-        elif self.floor:
-            found = np.rint((np.sqrt(p) - np.sqrt(self.floor)) / self.step)
-        else:
-            found = np.rint(np.sqrt(p) / self.step)
-        return found.clip(0, self.levels - 1).astype(np.int64)
-
-    def table(self) -> np.ndarray:
-        """Return the probability of each level, float64 [levels]."""
-        level = np.arange(self.levels, dtype=np.float64)
-        if self.values == "log":
-            return np.exp(-(self.levels - 1 - level) * self.step)
-        if self.values == "even":
-            return (level * self.step).clip(max=1.0)
-        if self.floor:
-            return ((np.sqrt(self.floor) + level * self.step) ** 2).clip(max=1.0)
-        return ((np.maximum(level, 0.35) * self.step) ** 2).clip(max=1.0)  # a value rounded to 0 is not 0
 
 
 @dataclass
@@ -117,20 +61,22 @@ class RankedCodec:
     """
 
     name = "ranked-2"
-    _head = struct.Struct("<6I")  # tables, length, stored tokens, starts, supervised tokens, kept labels
+    _head = struct.Struct("<7I")  # tables, length, stored tokens, starts, supervised tokens, kept labels, bytes of bits
 
     def __init__(self, vocabulary: int, steps: ValueSteps, tables: Callable[[int], LabelTables]) -> None:
         self.vocabulary, self.steps, self._tables = vocabulary, steps, tables
         self._values = _of_bfloat16(bfloat16_bits(steps.table()))
         self.number = 0
         self.shapes = {
-            "counts": (1, _NUMBERS),
+            "counts": (1, SYMBOLS),
             "topic": (1, TOPICS),
             "first": (1, steps.levels),
-            "gap": (_COLUMNS * _BUCKETS, steps.levels),
-            "delta": (25 * 2 * 4, _NUMBERS),
+            "runs": (_BUCKETS, SYMBOLS),
+            "length": (_FEWS * _BUCKETS, SYMBOLS),
+            "drop": (_FEWS * _BUCKETS, steps.levels),
+            "gap": (_PLACES * 8, SYMBOLS),
             "tail": (_BUCKETS, _TAIL_STEPS + 1),
-            "realised": (_BUCKETS, _NUMBERS),
+            "realised": (_BUCKETS, SYMBOLS),
         }
         self._unlearnt = LabelTables.unlearnt(vocabulary, self.shapes)
 
@@ -167,51 +113,50 @@ class RankedCodec:
         falling = np.repeat(np.arange(len(counts)), counts) * self.steps.levels + self.steps.levels - 1 - levels
         return np.argsort((falling << 32) + ids, kind="stable")
 
-    def symbols(
-        self, labels: RoundedLabels, tables: LabelTables
-    ) -> "tuple[dict[str, Symbols], dict[str, tuple[np.ndarray, np.ndarray]]]":
-        """Return what is written with frequencies, by kind, and the numbers' remaining bits: how many, and which."""
-        layout = _Layout(labels.counts)
-        first = labels.levels[layout.starts]
-        gaps = labels.levels[layout.behind - 1] - labels.levels[layout.behind]
-        runs = _Runs(layout, gaps)
-        topic = tables.topic_of(labels.ids, layout.starts)
-        ranks = tables.rank(labels.ids, topic[layout.row])
-        ranks = ranks[np.argsort(runs.number * (1 << 32) + ranks, kind="stable")]
-        deltas = ranks.copy()
-        within = np.flatnonzero(~runs.new)
-        deltas[within] -= ranks[within - 1] + 1
-        if len(deltas) and deltas.min() < 0:
+    def symbols(self, labels: RoundedLabels, tables: LabelTables) -> tuple[dict[str, Symbols], dict[str, Packed]]:
+        """Return what is written with frequencies, by kind, and what is left of numbers: how many bits, and which."""
+        filled = labels.counts[labels.counts > 0]
+        starts = np.cumsum(filled) - filled
+        first = labels.levels[starts]
+        new = np.append(True, labels.levels[1:] != labels.levels[:-1])[: len(labels.levels)]
+        new[starts] = True
+        begins = np.flatnonzero(new)
+        runs = _Runs(np.bincount(np.searchsorted(starts, begins, side="right") - 1, minlength=len(filled)))
+        length = np.diff(np.append(begins, len(new)))
+        level = labels.levels[begins]
+        topic = tables.topic_of(labels.ids, starts)
+        ranks = tables.rank(labels.ids, np.repeat(topic, filled))
+        ranks = ranks[np.argsort((np.cumsum(new) << 32) + ranks, kind="stable")]
+        gaps = np.diff(ranks, prepend=0) - 1
+        gaps[begins] = ranks[begins]
+        if len(gaps) and gaps.min() < 0:
             raise StoreError("a token has the same id twice among its labels")
-        bucket = self._buckets(layout, first)
-        rest: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        bucket = self._buckets(first)
+        later, within = np.flatnonzero(runs.index), np.flatnonzero(runs.left > 1)
+        everywhere = np.zeros(len(labels.counts), np.int64)
+        everywhere[labels.counts > 0] = bucket
+        rest: dict[str, Packed] = {}
 
         def number(name: str, contexts: np.ndarray, values: np.ndarray) -> Symbols:
-            symbols, bits, low = _split(values)
+            symbols, bits, low = split(values)
             rest[name] = bits, low
             return Symbols(contexts, symbols)
 
-        nothing = np.zeros(len(labels.counts), np.int64)
+        none = np.zeros(len(labels.counts), np.int64)
         return {
-            "counts": number("counts", nothing, labels.counts),
-            "topic": Symbols(nothing[: len(topic)], topic),
-            "first": Symbols(nothing[: len(first)], first),
-            "gap": Symbols(self._gap_contexts(layout, first), gaps),
-            "delta": number("delta", runs.contexts(layout), deltas),
-            "tail": Symbols(bucket, labels.tail),
-            "realised": number("realised", bucket, labels.realised),
+            "counts": number("counts", none, labels.counts),
+            "topic": Symbols(none[: len(topic)], topic),
+            "first": Symbols(none[: len(first)], first),
+            "runs": number("runs", bucket, runs.number - 1),
+            "length": number("length", runs.length_contexts(bucket)[within], length[within] - 1),
+            "drop": Symbols(runs.drop_contexts(bucket)[later], level[later - 1] - level[later]),
+            "gap": number("gap", _gap_contexts(length, filled), gaps),
+            "tail": Symbols(everywhere, labels.tail),
+            "realised": number("realised", everywhere, labels.realised),
         }, rest
 
-    def _buckets(self, layout: "_Layout", first: np.ndarray) -> np.ndarray:
-        bucket = np.zeros(len(layout.counts), np.int64)
-        bucket[layout.counts > 0] = first * _BUCKETS // self.steps.levels
-        return bucket
-
-    def _gap_contexts(self, layout: "_Layout", first: np.ndarray) -> np.ndarray:
-        return (
-            _COLUMN_GROUP[np.minimum(layout.column[layout.behind], len(_COLUMN_GROUP) - 1)] * _BUCKETS
-            + (first * _BUCKETS // self.steps.levels)[layout.row[layout.behind]]
-        )
+    def _buckets(self, first: np.ndarray) -> np.ndarray:
+        return first * _BUCKETS // self.steps.levels
 
     def encode(self, sequence: StoredSequence) -> bytes:
         """Return the bytes of a sequence, by the newest tables; see docs/soft-label-format.md.
@@ -225,17 +170,17 @@ class RankedCodec:
         symbols, rest = self.symbols(self.rounded(sequence), tables)
         coder = constriction.stream.stack.AnsCoder()
         for name in reversed(symbols):  # the coder gives back last what it got first
-            if name in rest:
-                _put_bits(coder, *rest[name])
             tables.frequencies[name].encode(coder, symbols[name])
+        bits = pack(list(rest.values()))
         sizes = (len(sequence.supervised), len(sequence.tokens), len(sequence.starts), len(sequence.counts), len(sequence.ids))
         columns = (
             sequence.tokens.astype("<u4"),
             sequence.starts.astype("<u4"),
             np.packbits(sequence.supervised, bitorder="little"),
+            np.frombuffer(bits, np.uint8),
             np.asarray(coder.get_compressed(), dtype="<u4"),
         )
-        return self._head.pack(self.number, *sizes) + b"".join(column.tobytes() for column in columns)
+        return self._head.pack(self.number, *sizes, len(bits)) + b"".join(column.tobytes() for column in columns)
 
     def decode(self, data: bytes) -> StoredSequence:
         """Return the sequence of some bytes."""
@@ -265,8 +210,8 @@ class RankedCodec:
         size = {name: tables.frequencies[name].bits(own) / 8 for name, own in symbols.items()}
         for name, (bits, _) in rest.items():
             size[name] += float(bits.sum()) / 8
-        ids, values = size.pop("topic") + size.pop("delta"), size.pop("first") + size.pop("gap")
-        return {**size, "ids": ids, "values": values}
+        parts = {"ids": ("topic", "gap"), "values": ("first", "runs", "length", "drop")}
+        return {**{name: sum(map(size.pop, own)) for name, own in parts.items()}, **size}
 
     def error_bound(self, sequence: StoredSequence) -> np.ndarray:
         """Return twice the squared distance that the square roots of values and tail can have moved [supervised tokens], nats."""
@@ -282,22 +227,24 @@ class RankedCodec:
     def _columns(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, RoundedLabels]:
         if len(data) < self._head.size:
             raise StoreError("a record is shorter than its head")
-        number, length, tokens, starts, supervised, kept = self._head.unpack_from(data)
+        number, length, tokens, starts, supervised, kept, bits = self._head.unpack_from(data)
         mask_bytes = -(-length // 8)
-        words = self._head.size + 4 * tokens + 4 * starts + mask_bytes
+        mask = self._head.size + 4 * tokens + 4 * starts
+        words = mask + mask_bytes + bits
         if words > len(data) or (len(data) - words) % 4 or supervised > length or kept > _MOST_LABELS:
             raise StoreError("a record's columns do not fit its head")
 
         def column(count: int, dtype: str, offset: int) -> np.ndarray:
             return np.frombuffer(data, dtype=dtype, count=count, offset=offset)
 
-        flags = np.unpackbits(column(mask_bytes, "u1", words - mask_bytes), count=length, bitorder="little").astype(bool)
+        flags = np.unpackbits(column(mask_bytes, "u1", mask), count=length, bitorder="little").astype(bool)
         try:
             coder = constriction.stream.stack.AnsCoder(column((len(data) - words) // 4, "<u4", words).astype(np.uint32))
         except ValueError as error:
             raise StoreError("a record's labels end in nothing") from error
-        labels = self._take(coder, self.tables(number), supervised, kept)
-        if int(flags.sum()) != supervised or not coder.is_empty():
+        reader = BitReader(column(bits, "u1", mask + mask_bytes))
+        labels = self._take(coder, reader, self.tables(number), supervised, kept)
+        if int(flags.sum()) != supervised or not coder.is_empty() or not reader.is_empty():
             raise StoreError("a record's columns do not fit its head")
         after_tokens = self._head.size + 4 * tokens
         return column(tokens, "<u4", self._head.size), column(starts, "<u4", after_tokens), flags, labels
@@ -308,46 +255,62 @@ class RankedCodec:
         tail = _of_bfloat16(bfloat16_bits((labels.tail / _TAIL_STEPS) ** 2))
         if self.steps.floor or self.steps.values == "even":
             return _cut(values), _cut(tail)
-        mass = np.bincount(np.repeat(np.arange(len(labels.counts)), labels.counts), values, minlength=len(labels.counts)) + tail
-        smaller = (1 / np.maximum(mass, 1)).astype(np.float32)
-        return _cut(values * np.repeat(smaller, labels.counts)), _cut(tail * smaller)
+        filled = np.flatnonzero(labels.counts)
+        mass = tail.copy()
+        if len(filled):
+            mass[filled] += np.add.reduceat(values, np.cumsum(labels.counts[filled]) - labels.counts[filled])
+        over = np.flatnonzero(mass > 1)
+        if len(over):
+            smaller = np.ones_like(tail)
+            smaller[over] = (1 - 1e-6) / mass[over]  # float32 sums are that exact
+            tail = tail * smaller
+            values = values * np.repeat(smaller, labels.counts)
+        return _cut(values), _cut(tail)
 
-    def _take(self, coder: Any, tables: LabelTables, tokens: int, kept: int) -> RoundedLabels:
-        """Take from a coder what ``encode`` put there, in the same order."""
+    def _take(self, coder: Any, reader: BitReader, tables: LabelTables, tokens: int, kept: int) -> RoundedLabels:
+        """Take from a coder and a reader what ``encode`` put there, in the same order."""
         frequencies = tables.frequencies
 
         def number(name: str, contexts: np.ndarray) -> np.ndarray:
-            symbols = frequencies[name].decode(coder, contexts)
-            return _joined(symbols, _take_bits(coder, _bits_of(symbols)))
+            return reader.join(frequencies[name].decode(coder, contexts))
 
-        nothing = np.zeros(tokens, np.int64)
-        counts = number("counts", nothing)
-        if int(counts.sum()) != kept:
+        none = np.zeros(tokens, np.int64)
+        counts = number("counts", none)
+        filled = counts[counts > 0]
+        if int(filled.sum()) != kept:
             raise StoreError("a record's counts do not fit its head")
-        layout = _Layout(counts)
-        filled = nothing[: len(layout.starts)]
-        topic = frequencies["topic"].decode(coder, filled)
-        first = frequencies["first"].decode(coder, filled)
-        gaps = frequencies["gap"].decode(coder, self._gap_contexts(layout, first))
-        runs = _Runs(layout, gaps)
-        deltas = number("delta", runs.contexts(layout))
-        bucket = self._buckets(layout, first)
-        tail = frequencies["tail"].decode(coder, bucket)
-        realised = number("realised", bucket)
-        fallen = np.zeros(kept, np.int64)
-        fallen[layout.behind] = gaps
-        levels = first[layout.row] - _within(fallen, layout.starts, layout.row)
-        ranks = deltas + 1
-        ranks[runs.new] -= 1
-        ranks = _within(ranks, runs.starts, runs.number)
-        if kept and (levels.min() < 0 or ranks.max() >= (1 << 31)):
-            raise StoreError("a record's labels are none")
+        topic = frequencies["topic"].decode(coder, none[: len(filled)])
+        first = frequencies["first"].decode(coder, none[: len(filled)])
         if len(topic) and topic.max() >= len(tables.topics):
             raise StoreError("a record's topics are none")
-        ids = tables.ids(ranks, topic[layout.row])
+        bucket = self._buckets(first)
+        many = number("runs", bucket) + 1
+        if (many > filled).any():
+            raise StoreError("a record's labels fall in more steps than there are labels")
+        runs = _Runs(many)
+        length = np.zeros(len(runs.left), np.int64)
+        within, last, later = np.flatnonzero(runs.left > 1), np.flatnonzero(runs.left == 1), np.flatnonzero(runs.index)
+        length[within] = number("length", runs.length_contexts(bucket)[within]) + 1
+        length[last] = filled - np.add.reduceat(length, runs.starts) if len(last) else 0
+        if len(length) and (length.min() < 1 or length.max() > kept):
+            raise StoreError("a record's runs of labels do not fit their counts")
+        level = np.zeros(len(runs.left), np.int64)
+        level[later] = -frequencies["drop"].decode(coder, runs.drop_contexts(bucket)[later])
+        level[runs.starts] = first
+        level = _sums_within(level, runs.starts, runs.number)
+        if len(level) and level.min() < 0:
+            raise StoreError("a record's labels fall below nothing")
+        ranks = number("gap", _gap_contexts(length, filled)) + 1
+        begins = np.cumsum(length) - length
+        ranks[begins] -= 1
+        ranks = _sums_within(ranks, begins, length)
+        ids = tables.ids(ranks, np.repeat(topic, filled))
         if kept and ids.min() < 0:
             raise StoreError("a record's ids are none of the vocabulary")
-        return RoundedLabels(counts, levels, ids, tail, realised)
+        everywhere = none.copy()
+        everywhere[counts > 0] = bucket
+        tail = frequencies["tail"].decode(coder, everywhere)
+        return RoundedLabels(counts, np.repeat(level, length), ids, tail, number("realised", everywhere))
 
 
 def _counted(symbols: Symbols, shape: tuple[int, int]) -> np.ndarray:
@@ -356,90 +319,49 @@ def _counted(symbols: Symbols, shape: tuple[int, int]) -> np.ndarray:
     return flat.reshape(shape).astype(np.float64)
 
 
-class _Layout:
-    """Where the labels of tokens stand.
-
-    Args:
-        counts: Labels of each token [tokens].
-    """
-
-    def __init__(self, counts: np.ndarray) -> None:
-        self.counts = counts
-        filled = counts[counts > 0]
-        self.starts = np.cumsum(filled) - filled  # of the tokens that have labels
-        self.row = np.repeat(np.arange(len(filled)), filled)  # number of a label's token among them
-        self.column = np.arange(len(self.row)) - self.starts[self.row]
-        self.behind = np.flatnonzero(self.column)  # labels that are not their token's first
-
-
 class _Runs:
     """Neighbours of one token with the same level.
 
     Args:
-        layout: Of the labels.
-        gaps: By how much each label behind a token's first falls.
+        number: How many each token has, 1 or more [tokens with labels].
     """
 
-    def __init__(self, layout: _Layout, gaps: np.ndarray) -> None:
-        self.new = layout.column == 0
-        self.new[layout.behind] = gaps > 0
-        self.starts = np.flatnonzero(self.new)
-        self.number = np.cumsum(self.new) - 1
+    def __init__(self, number: np.ndarray) -> None:
+        self.number = number
+        self.starts = np.cumsum(number) - number
+        self.index = np.arange(int(number.sum())) - np.repeat(self.starts, number)  # within the token
+        self.left = np.repeat(number, number) - self.index  # runs of the token, this one included
 
-    def contexts(self, layout: _Layout) -> np.ndarray:
-        """Return the contexts of the gaps between ranks: how many of the run are left, if it begins, how far down the list."""
-        left = np.append(self.starts[1:], len(self.new))[self.number] - np.arange(len(self.new))
-        return (np.minimum(left, 24) * 2 + self.new) * 4 + np.minimum(layout.column // 8, 3)
+    def length_contexts(self, bucket: np.ndarray) -> np.ndarray:
+        """Return the contexts of lengths: how many runs are left, and the bucket of the token's first level."""
+        return _FEW[np.minimum(self.left, len(_FEW) - 1)] * _BUCKETS + np.repeat(bucket, self.number)
+
+    def drop_contexts(self, bucket: np.ndarray) -> np.ndarray:
+        """Return the contexts of steps between levels: how many runs came before, and the bucket."""
+        return _FEW[np.minimum(self.index, len(_FEW) - 1)] * _BUCKETS + np.repeat(bucket, self.number)
 
 
-def _within(values: np.ndarray, starts: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return the sums of values up to each one within its group, the groups beginning at ``starts``."""
+def _gap_contexts(length: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    """Return the contexts of the gaps between ranks: how many of the run are left, if it begins, how far down the list.
+
+    Args:
+        length: Labels of each run.
+        filled: Labels of each token that has any.
+    """
+    ends = np.cumsum(length)
+    count = int(ends[-1]) if len(ends) else 0
+    place = np.arange(count, dtype=np.int32)
+    left = np.minimum(np.repeat(ends.astype(np.int32), length) - place, len(_PLACE) - 1)
+    column = place - np.repeat((np.cumsum(filled) - filled).astype(np.int32), filled)
+    contexts = _PLACE[left] * 8 + np.minimum(column >> 3, 3)
+    contexts[ends - length] += 4
+    return contexts
+
+
+def _sums_within(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the sums of values up to each one within its group; groups have a start and a length."""
     sums = np.cumsum(values)
-    return sums - (sums[starts] - values[starts])[group]
-
-
-def _split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return numbers of 0 or more as symbols, which say where the highest bit stands and the two below it, and the bits left."""
-    more = values + 1
-    bits = np.maximum(np.frexp(more.astype(np.float64))[1] - 3, 0).astype(np.int64)
-    symbols = np.where(more < 4, more, (bits << 2) + (more >> bits))
-    return symbols - 1, bits, more & ((1 << bits) - 1)
-
-
-def _bits_of(symbols: np.ndarray) -> np.ndarray:
-    return np.maximum((symbols + 1) // 4 - 1, 0)
-
-
-def _joined(symbols: np.ndarray, low: np.ndarray) -> np.ndarray:
-    bits = _bits_of(symbols)
-    return ((symbols + 1 - (bits << 2)) << bits) + low - 1
-
-
-def _put_bits(coder: Any, bits: np.ndarray, low: np.ndarray) -> None:
-    order = np.argsort(bits.astype(np.int8), kind="stable")
-    start = np.concatenate([[0], np.cumsum(np.bincount(bits))])
-    values = low[order].astype(np.int32)
-    for count in range(len(start) - 2, 0, -1):
-        if start[count] < start[count + 1]:
-            coder.encode_reverse(values[start[count] : start[count + 1]], _even(count))
-
-
-def _take_bits(coder: Any, bits: np.ndarray) -> np.ndarray:
-    low = np.zeros(len(bits), dtype=np.int64)
-    counts = np.bincount(bits)
-    parts = [np.zeros(counts[0] if len(counts) else 0, np.int64)]
-    parts += [coder.decode(_even(count), int(counts[count])) for count in range(1, len(counts)) if counts[count]]
-    low[np.argsort(bits.astype(np.int8), kind="stable")] = np.concatenate(parts)
-    return low
-
-
-_EVEN: dict[int, Any] = {}
-
-
-def _even(bits: int) -> Any:
-    if bits not in _EVEN:
-        _EVEN[bits] = constriction.stream.model.Uniform(1 << bits)
-    return _EVEN[bits]
+    return sums - np.repeat(sums[starts] - values[starts], lengths)
 
 
 def _of_bfloat16(bits: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ class Frequencies:
 
     def encode(self, coder: Any, symbols: Symbols) -> None:
         """Put symbols onto an ANS coder, which gives back last what was put first."""
-        order = np.argsort(symbols.contexts.astype(np.int16), kind="stable")  # few contexts: sorted by their digits
+        order = _by_context(symbols.contexts)
         values = symbols.values[order].astype(np.int32)
         ends = np.cumsum(np.bincount(symbols.contexts)) if len(values) else np.zeros(0, np.int64)
         start = np.concatenate([[0], ends])
@@ -91,13 +91,23 @@ class Frequencies:
             coder.encode_reverse(values[start[context] : start[context + 1]], self._model(int(context)))
 
     def decode(self, coder: Any, contexts: np.ndarray) -> np.ndarray:
-        """Take the symbols of some contexts [symbols] from a coder, int64 [symbols]."""
-        values = np.empty(len(contexts), dtype=np.int64)
-        if len(contexts):
-            counts = np.bincount(contexts)
-            parts = [coder.decode(self._model(int(own)), int(counts[own])) for own in np.flatnonzero(counts)]
-            values[np.argsort(contexts.astype(np.int16), kind="stable")] = np.concatenate(parts)
+        """Take the symbols of some contexts [symbols] from a coder, int32 [symbols]."""
+        values = np.empty(len(contexts), dtype=np.int32)
+        if not len(contexts):
+            return values
+        if len(self.table) == 1:
+            values[:] = coder.decode(self._model(0), len(contexts))
+            return values
+        counts = np.bincount(contexts)
+        present = np.flatnonzero(counts)
+        parts = [coder.decode(self._model(own), count) for own, count in zip(present.tolist(), counts[present].tolist())]
+        values[_by_context(contexts)] = np.concatenate(parts)
         return values
+
+
+def _by_context(contexts: np.ndarray) -> np.ndarray:
+    """Return the order of symbols by their contexts; of small types it is found without comparing."""
+    return np.argsort(contexts.astype(np.uint8 if contexts.max(initial=0) < 256 else np.uint16), kind="stable")
 
 
 class LabelTables:
@@ -162,14 +172,16 @@ class LabelTables:
         return np.where(place >= 0, place, self.topics.shape[1] + self._rank[ids]).astype(np.int64)
 
     def ids(self, ranks: np.ndarray, topics: np.ndarray) -> np.ndarray:
-        """Return the ids of ranks, int64 [labels]; -1 for a rank that nothing has."""
+        """Return the ids of ranks, int32 [labels]; -1 for a rank that nothing has."""
         listed = self.topics.shape[1]
-        own = ranks < listed
-        place = ranks - listed
-        found = self.order[place.clip(0, self.vocabulary - 1)].astype(np.int64)
-        found[place >= self.vocabulary] = -1
-        if listed:
-            found = np.where(own, self.topics[topics, ranks.clip(0, listed - 1)], found)
+        if not listed:
+            found = self.order[ranks.clip(max=self.vocabulary - 1)]
+            found[ranks >= self.vocabulary] = -1
+            return found
+        found = self.topics.reshape(-1)[topics * listed + np.minimum(ranks, listed - 1)]
+        far = np.flatnonzero(ranks >= listed)
+        place = ranks[far] - listed
+        found[far] = np.where(place < self.vocabulary, self.order[place.clip(max=self.vocabulary - 1)], -1)
         return found
 
     @classmethod

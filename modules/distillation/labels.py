@@ -126,6 +126,10 @@ class SoftLabels:
         """Return the same labels on another device."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
+    def to_type(self, dtype: torch.dtype) -> "SoftLabels":
+        """Return the same labels with probabilities of another type."""
+        return self._map(lambda part: part.to(dtype) if part.is_floating_point() else part)
+
     def where(self, rows: "slice | Tensor") -> "SoftLabels":
         """Return the labels of some tokens, given as a slice, a mask [N] or indices."""
         return self._map(lambda part: part[rows])
@@ -173,6 +177,7 @@ def select_labels(
     settings: LabelSettings,
     *,
     chances: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     chunk_tokens: int = 256,
     chunk_vocabulary: int = 16384,
 ) -> SoftLabels:
@@ -186,27 +191,26 @@ def select_labels(
         labels: The text's next token of each [N], int64.
         settings: What to keep.
         chances: Random numbers in [0, 1), one per token and draw [N, draws], where labels are sampled; see ``sampling_chances``.
+        dtype: Of what is returned; bfloat16 is what stores hold.
         chunk_tokens: Tokens worked on at the same time.
         chunk_vocabulary: Vocabulary entries whose logits exist at the same time; all, of fewer tokens, where labels are sampled.
 
     Returns:
-        The kept labels; ``probabilities`` are those of the full softmax, rounded to bfloat16.
+        The kept labels; ``probabilities`` are those of the full softmax, rounded to ``dtype``.
     """
     settings.check(weight.shape[0])
     if not len(labels):
-        nothing = torch.empty(0, device=weight.device, dtype=torch.bfloat16)
+        nothing = torch.empty(0, device=weight.device, dtype=dtype)
         return SoftLabels(nothing[:, None].int(), nothing[:, None], nothing, nothing, settings.temperature)
     hidden_states = hidden_states.to(weight.dtype)
     if settings.unbiased:
         assert chances is not None
         step = max(1, min(chunk_tokens, max(64, _SAMPLED_LOGITS // weight.shape[0])))
         pieces = [slice(start, start + step) for start in range(0, len(labels), step)]
-        return SoftLabels.concatenate(
-            [
-                _sample_chunk(hidden_states[rows], weight, labels[rows], settings, chances[rows].to(weight.device))
-                for rows in pieces
-            ]
-        )
+        parts = [
+            _sample_chunk(hidden_states[rows], weight, labels[rows], settings, chances[rows].to(weight.device)) for rows in pieces
+        ]
+        return SoftLabels.concatenate(parts).to_type(dtype)
     buffer = torch.empty(
         min(chunk_tokens, len(labels)),
         min(chunk_vocabulary, weight.shape[0]),
@@ -225,7 +229,7 @@ def select_labels(
         )
         for start in range(0, len(labels), chunk_tokens)
     ]
-    return SoftLabels.concatenate(parts)
+    return SoftLabels.concatenate(parts).to_type(dtype)
 
 
 def _select_chunk(
@@ -270,9 +274,9 @@ def _select_chunk(
     tail = (1 - probabilities.double().sum(dim=1)).clamp_(min=0)
     selected = SoftLabels(
         kept_ids.int(),
-        probabilities.bfloat16(),
-        tail.bfloat16(),
-        (realised - log_normaliser).bfloat16(),
+        probabilities,
+        tail.float(),
+        realised - log_normaliser,
         settings.temperature,
     )
     if not short.any():
@@ -318,9 +322,9 @@ def _sample_chunk(hidden_states: Tensor, weight: Tensor, labels: Tensor, setting
     shape = (len(p), kept.shape[1])
     return SoftLabels(
         torch.full(shape, -1, dtype=torch.int32, device=p.device).masked_scatter_(kept, ids[order].int()),
-        torch.zeros(shape, device=p.device).masked_scatter_(kept, values[order]).bfloat16(),
-        tail.bfloat16(),
-        realised.bfloat16(),
+        torch.zeros(shape, device=p.device).masked_scatter_(kept, values[order]),
+        tail.float(),
+        realised,
         settings.temperature,
         unbiased=True,
     )

@@ -10,6 +10,7 @@ from fulgurite.datamodules.soft_labels.parquet import export_parquet, import_par
 from fulgurite.datamodules.soft_labels.store import bfloat16
 from fulgurite.errors import InputError
 from tests.datamodules.soft_labels.test_aligned import SPELLED, store_of
+from tests.datamodules.soft_labels.test_golden import GOLDEN
 from tests.vocabularies import TOKENIZERS
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -107,6 +108,13 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
         taken(tmp_path, "broken.parquet")
+
+
+def test_samples_are_not_taken_for_the_likeliest(tmp_path):
+    store = SoftLabelStore(GOLDEN / "version-2-sampled" / "store")
+    export_parquet(store, tmp_path / "labels.parquet")
+    with pytest.raises(InputError, match="selection='sampled', which are samples, not"):
+        taken(tmp_path)
 
 
 def test_labels_of_another_teacher_do_not_mix(tmp_path):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from fulgurite.datamodules.soft_labels import SoftLabelAppender, SoftLabelStore, StoredSequence, StoreError, StoreHeader
 from fulgurite.datamodules.soft_labels.codec import PlainCodec
-from fulgurite.datamodules.soft_labels.ranked import RankedCodec, ValueSteps
+from fulgurite.datamodules.soft_labels.ranked import RankedCodec
+from fulgurite.datamodules.soft_labels.steps import ValueSteps
 from fulgurite.datamodules.soft_labels.tables import LabelTables, tables_path
 from fulgurite.errors import InputError
 from fulgurite.modules.distillation import LabelSettings
