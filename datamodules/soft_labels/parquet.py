@@ -134,8 +134,8 @@ def import_parquet(
     made_with = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}")).get("settings", {})
     if made_with.get("selection") in ("sampled", "random"):
         raise InputError(
-            f"{path} holds labels of selection={made_with['selection']!r}, which are samples, not what the teacher found likeliest. "
-            "Copy the store itself."
+            f"{path} holds labels of selection={made_with['selection']!r}, which are samples, not what the teacher found "
+            "likeliest. Copy the store itself."
         )
     most = max((len(label) for row in _rows(file, "top_ids") for label in row["top_ids"]), default=0)
     if not most:

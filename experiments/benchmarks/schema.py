@@ -49,6 +49,7 @@ SCHEMA = _mapping(
         "report": _mapping(
             {
                 "baseline": {"type": "string"},
+                "goal": {"type": "string"},
                 "columns": _named(
                     _mapping(
                         {
@@ -57,7 +58,7 @@ SCHEMA = _mapping(
                             "better": {"enum": ["lower", "higher"]},
                             "digits": {"type": "integer", "minimum": 0},
                             "timing": {"type": "boolean"},
-                            "relative": {"enum": ["ratio", "difference", "speedup"]},
+                            "relative": {"enum": ["ratio", "difference", "speedup", "recovered"]},
                         },
                         "title",
                     )

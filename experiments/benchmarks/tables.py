@@ -107,6 +107,7 @@ def make_table(plan: Benchmark, results: list[dict[str, Any]], *, mixed: bool = 
         if "better" in column and rows:
             _mark_best(rows, key, column["better"])
     table = Table(dict(columns), rows, remarks)
+    _add_recovered(table, plan, known)
     _add_relative(table, plan)
     return table
 
@@ -199,7 +200,7 @@ def _add_relative(table: Table, plan: Benchmark) -> None:
     for key, column in table.columns.items():
         columns[key] = column
         kind = column.get("relative")
-        if not kind or not baseline:
+        if kind in (None, "recovered") or not baseline:
             continue
         name = f"{key}:{kind}"
         how = {"ratio": "/ baseline", "difference": "- baseline", "speedup": "times less than the baseline"}[kind]
@@ -211,6 +212,61 @@ def _add_relative(table: Table, plan: Benchmark) -> None:
             own, base = row.cells[key].mean, means[other][key].mean if other in means else None
             row.cells[name] = Cell(None if own is None or base is None else _relative(kind, own, base), None)
     table.columns = columns
+
+
+def _add_recovered(table: Table, plan: Benchmark, results: list[dict[str, Any]]) -> None:
+    """Add two columns beside each that asks for ``recovered``.
+
+    The first is the difference from the baseline, the mean over the seeds that both have, with half its 95 % interval (Student's
+    t of the differences seed by seed); the second the share of the difference between the baseline and the goal.
+
+    Raises:
+        InputError: If a column asks for it and the baseline or the goal is no variant.
+    """
+    report = plan.spec["report"]
+    if not any(column.get("relative") == "recovered" for column in table.columns.values()):
+        return
+    for name in ("baseline", "goal"):
+        if report.get(name) not in plan.spec["variants"]:
+            raise InputError(
+                f"report.{name}={report.get(name)!r} of benchmark {plan.name!r} is no variant, but a column is 'recovered'."
+                f"{nearest(str(report.get(name)), plan.spec['variants'])}"
+            )
+    columns: dict[str, dict[str, Any]] = {}
+    for key, column in table.columns.items():
+        columns[key] = column
+        if column.get("relative") != "recovered":
+            continue
+        values: dict[str, dict[int, float]] = {}
+        for result in results:
+            found = {**result["cost"], **result["metrics"]["final"]}.get(key)
+            if found is not None:
+                values.setdefault(result["run"]["variant"], {})[result["run"]["seed"]] = found
+        base = values.get(report["baseline"], {})
+        whole = _paired(values.get(report["goal"], {}), base)
+        difference, share = f"{key}:difference", f"{key}:recovered"
+        columns[difference] = {**column, "title": f"{column['title']} - baseline, 95 % interval", "sign": True}
+        columns[share] = {"title": f"of the goal's {column['title']}", "digits": 2}
+        for row in table.rows:
+            cell = _paired(values.get(row.variant, {}), base)
+            row.cells[difference] = Cell(None, None) if row.variant == report["baseline"] else cell
+            known = cell.mean is not None and whole.mean and row.variant != report["baseline"]
+            row.cells[share] = Cell((cell.mean or 0) / (whole.mean or 1) if known else None, None)
+    table.columns = columns
+
+
+def _paired(values: dict[int, float], base: dict[int, float]) -> Cell:
+    """Return the mean difference over common seeds, and half its 95 % interval in place of the spread."""
+    differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+    if len(differences) < 2:
+        return Cell(differences[0] if differences else None, None, len(differences))
+    try:
+        from scipy.stats import t  # takes a second
+    except ImportError as error:
+        raise InputError("An interval needs the extra report: pip install 'fulgurite[report]'.") from error
+
+    half = float(t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / len(differences) ** 0.5
+    return Cell(statistics.fmean(differences), half, len(differences))
 
 
 def _relative(kind: str, own: float, base: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Size, error and speed of soft-label codecs on a teacher's labels of a text; measured by ``benchmark distillation/labels``."""
+"""What stored labels cost and cover; measured by ``benchmark distillation/labels`` and ``distillation/vocabularies``."""
 
 import statistics
 import struct
@@ -16,7 +16,8 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from ...datamodules import TextDataModule
-from ...datamodules.soft_labels import StoredSequence, StoreHeader
+from ...datamodules.soft_labels import SoftLabelStore, StoredSequence, StoreHeader
+from ...datamodules.soft_labels.aligned import AlignedExamples, Alignment, stored_alignment
 from ...datamodules.soft_labels.codec import PlainCodec
 from ...datamodules.soft_labels.format import pack_block, unpack_block
 from ...datamodules.soft_labels.learner import TableLearner
@@ -25,10 +26,11 @@ from ...datamodules.soft_labels.store import bfloat16
 from ...files import atomic_file, cache_folder, digest
 from ...modules import SoftLabelTeacher
 from ...modules.distillation import LabelSettings
+from ...modules.distillation.chunks import in_chunks
 from ...modules.distillation.labels import sampling_chances, select_labels
 from ...modules.distillation.teacher import teacher_states
 from ...modules.linear_loss import shift_labels
-from ...modules.pretrained import head_weight
+from ...modules.pretrained import head_weight, load_tokenizer
 
 BLOCK = 512
 _KEPT = 50
@@ -190,6 +192,41 @@ def measure(
         "decode_tokens_per_second": count / statistics.median(take for _, take in times),
         "tokens": float(count),
     }
+
+
+def coverage(*, seed: int, store: str, student: str, alignment: Alignment) -> dict[str, float]:
+    """How much of a text and of a teacher's probability supervises a student with another tokenizer.
+
+    Args:
+        seed: Not used.
+        store: Folder of the labels.
+        student: Source of the student's tokenizer.
+        alignment: As ``SoftLabelDataModule`` takes it.
+
+    Returns:
+        ``positions``: share of the student's tokens with labels; ``in_chunks``: with the likelihood of a chunk. And with
+        ``vocabulary``, of the teacher's probability where there are labels: ``exact_mass`` on tokens that the student has,
+        ``piece_mass`` on first pieces of others, ``tail_mass`` on the rest.
+    """
+    opened, tokenizer = SoftLabelStore(store), load_tokenizer(student)
+    examples = AlignedExamples(opened, opened.keys, tokenizer, alignment)
+    tokens = labelled = chunked = 0
+    for number in track(range(len(examples)), description="coverage"):
+        labels = examples[number]["soft_labels"]
+        tokens += len(labels)
+        labelled += int((labels.counts > 0).sum())
+        chunked += int(in_chunks(labels).sum())
+    found = {"positions": labelled / tokens, "in_chunks": chunked / tokens}
+    if alignment == "vocabulary":
+        aligned = stored_alignment(opened, tokenizer)
+        kinds = np.where(aligned.exact, 0, np.where(aligned.ids >= 0, 1, 2))
+        mass = np.zeros(3)
+        for key in opened.keys:
+            sequence = opened.read(key)
+            mass += np.bincount(kinds[sequence.ids], bfloat16(sequence.probabilities).double().numpy(), minlength=3)
+            mass[2] += float(bfloat16(sequence.tail).double().sum())
+        found |= dict(zip(("exact_mass", "piece_mass", "tail_mass"), (mass / mass.sum()).tolist()))
+    return found
 
 
 def _divergence(labels: Labels, other: Labels, floor: float) -> np.ndarray:

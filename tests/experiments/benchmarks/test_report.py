@@ -28,6 +28,30 @@ def test_ratio_to_the_baseline(bench):
     assert "| large rate | 1 | **2.000** | 0.645 |" in markdown(make_table(plan, TWO))
 
 
+def recovering(spec):
+    spec["variants"]["fast"]["seeds"] = spec["variants"]["slow"]["seeds"] = [0, 1, 2]
+    spec["variants"]["part"] = {"title": "a part", "seeds": [0, 1, 2]}
+    spec["report"].update(goal="fast")
+    spec["report"]["columns"]["loss"]["relative"] = "recovered"
+
+
+def test_share_of_the_gain_and_its_interval_are_paired_by_seed(bench):
+    losses = {"slow": (3.0, 3.2, 3.4), "fast": (2.0, 2.2, 2.4), "part": (2.2, 2.5, 2.5)}
+    results = [result(name, seed, loss) for name, own in losses.items() for seed, loss in enumerate(own)]
+    text = markdown(make_table(bench(recovering), results))
+    assert "| loss (nats) | loss - baseline, 95 % interval (nats) | of the goal's loss |" in text
+    assert "| small rate | 3 | 3.200 ± 0.200 |  |  |" in text
+    assert "| -1.000 ± 0.000 | 1.00 |" in text
+    # Differences -0.8, -0.7, -0.9: deviation 0.1, times 4.303 / sqrt(3).
+    assert "| -0.800 ± 0.248 | 0.80 |" in text
+
+
+def test_recovered_without_a_goal_is_refused(bench):
+    plan = bench(lambda spec: spec["report"]["columns"]["loss"].update(relative="recovered"))
+    with pytest.raises(InputError, match=r"report.goal=None of benchmark 'method' is no variant"):
+        make_table(plan, TWO)
+
+
 def test_best_is_bold_only_if_it_leads_by_more_than_the_spread(bench):
     close = [result("slow", 0, 3.0), result("slow", 1, 3.2), result("fast", 0, 3.0)]
     assert "**" not in markdown(make_table(bench(), close))
