@@ -10,7 +10,7 @@ from ...errors import InputError
 from .labels import LabelSettings, SoftLabels
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "uld"]
-Remainder = Literal["tail_bucket", "renormalize"]
+Remainder = Literal["tail_bucket", "text_tail", "renormalize"]
 
 _TINY = 1e-7  # below this, 1 - sum(q) is rounding noise in float32
 
@@ -20,7 +20,7 @@ def check_divergence(divergence: str, remainder: str, settings: LabelSettings | 
 
     Args:
         divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon`` or ``uld``.
-        remainder: ``tail_bucket`` or ``renormalize``.
+        remainder: ``tail_bucket``, ``text_tail`` or ``renormalize``.
         settings: How the labels are selected, where it is known already.
     """
     for name, value, legal in (
@@ -34,8 +34,18 @@ def check_divergence(divergence: str, remainder: str, settings: LabelSettings | 
             "divergence='reverse_kl' is infinite with remainder='renormalize', which gives every token that was not kept "
             "the probability 0. Use remainder='tail_bucket', or forward_kl or jensen_shannon."
         )
+    if remainder == "text_tail" and divergence != "forward_kl":
+        raise InputError(
+            f"divergence={divergence!r} does not split into the kept tokens and the tail. Use remainder='tail_bucket', or "
+            "divergence='forward_kl'."
+        )
     if settings is None:
         return
+    if remainder == "text_tail" and settings.temperature != 1.0:
+        raise InputError(
+            f"temperature={settings.temperature} with remainder='text_tail': the text is no sample of a tempered distribution. "
+            "Use remainder='tail_bucket', or labels of temperature 1."
+        )
     if divergence == "uld" and settings.selection == "full":
         raise InputError("divergence='uld' compares kept labels. Use selection='fixed' or 'adaptive', or another divergence.")
     if not settings.unbiased:
@@ -87,13 +97,17 @@ class KeptLabelTargets:
         divergence: Divergence of the student from the teacher. ``uld`` compares the likeliest with the likeliest, the second
             with the second and so on, whatever tokens they are (universal logit distillation, arXiv 2402.12030).
         remainder: ``tail_bucket`` keeps the teacher's remaining mass as one outcome, to which the student's remaining
-            mass is compared; ``renormalize`` scales the kept probabilities up to 1 (the plain form of the method; Sparse
-            Logit Sampling, arXiv 2503.16870, shows what it teaches wrongly).
+            mass is compared. ``text_tail`` does so too, and where the text's own token lies in the tail, it stands for what is in
+            there: KL splits into that over the kept tokens and the tail as a whole, and that within the tail, of which the text
+            is a sample as good as the teacher is calibrated. ``renormalize`` scales the kept probabilities up to 1 (the plain
+            form of the method; Sparse Logit Sampling, arXiv 2503.16870, shows what it teaches wrongly).
+        text: The text's own next tokens [tokens], int64; for ``text_tail``.
     """
 
     labels: SoftLabels
     divergence: Divergence = "forward_kl"
     remainder: Remainder = "tail_bucket"
+    text: Tensor | None = None
 
     @property
     def temperature(self) -> float:
@@ -102,12 +116,19 @@ class KeptLabelTargets:
 
     def chunk(self, rows: slice, logits: Tensor) -> "_KeptLabelChunk":
         """Read the kept tokens' logits of a chunk [tokens, vocabulary]."""
-        return _KeptLabelChunk(self, self.labels.where(rows), logits)
+        return _KeptLabelChunk(self, self.labels.where(rows), None if self.text is None else self.text[rows], logits)
 
 
 class _KeptLabelChunk:
-    def __init__(self, targets: KeptLabelTargets, labels: SoftLabels, logits: Tensor) -> None:
+    def __init__(self, targets: KeptLabelTargets, labels: SoftLabels, text: Tensor | None, logits: Tensor) -> None:
         self.divergence = targets.divergence
+        self.text: Tensor | None = None
+        if targets.remainder == "text_tail" and not labels.unbiased:
+            assert text is not None
+            self.text = text[:, None]
+            self.text_logits = logits.gather(1, self.text)
+            self.in_tail = (labels.ids != self.text).all(dim=1, keepdim=True).float()
+            self.text_log_p = labels.realised.float()[:, None] - labels.tail.float()[:, None].clamp(min=_TINY).log()
         self.ids = labels.ids.long().clamp(min=0)
         self.padding = labels.ids < 0
         self.top_ids = self.ids[:, 0]
@@ -135,15 +156,23 @@ class _KeptLabelChunk:
         outcomes.masked_fill_(absent, -100.0)
         value, slope = divergence_and_slope(self.p, outcomes, self.divergence)
         self.q, self.slope = q, slope.masked_fill_(absent, 0)
+        if self.text is not None:
+            within = self.text_logits - log_normaliser[:, None] - self.tail_q.log()
+            value = value + (self.in_tail * (self.text_log_p.clamp(max=0) - within.clamp(max=0)))[:, 0]
+            self.slope[:, -1:] += self.in_tail
         return value
 
     def blend_(self, probabilities: Tensor, hard: float, soft: float) -> None:
         # With g = dD/dlog q: dD/dz_j = q_j (g_tail / q_tail - sum g), and for kept j also g_j - q_j g_tail / q_tail.
         tail = self.slope[:, -1:] / self.tail_q
-        row = hard + soft * (tail - self.slope.sum(dim=1, keepdim=True))
-        probabilities.mul_(row)
+        total = self.slope.sum(dim=1, keepdim=True)
+        if self.text is not None:
+            total = total - self.in_tail  # the text's token is an outcome too, with a slope of -1
+        probabilities.mul_(hard + soft * (tail - total))
         kept = soft * (self.slope[:, :-1] - self.q * tail)
         probabilities.scatter_add_(1, self.ids, kept.masked_fill_(self.padding, 0))
+        if self.text is not None:
+            probabilities.scatter_add_(1, self.text, -soft * self.in_tail)
 
 
 @dataclass

@@ -39,7 +39,8 @@ class SoftLabelDistillation(LanguageModel):
         selection: What is kept of the online teacher's distribution; ``full`` uses all of it.
         soft_weight: Share w of the divergence in the loss, 0 to 1; the cross-entropy to the text has the rest.
         divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon``, or ``uld``, which needs no common vocabulary.
-        remainder: What becomes of the mass that was not kept: ``tail_bucket`` or ``renormalize``.
+        remainder: What becomes of the mass that was not kept: ``tail_bucket``, ``text_tail`` or ``renormalize``; see
+            ``KeptLabelTargets``.
         chunk_weight: With a store of another tokenizer: share of the loss on chunks of text (``chunk_loss``) beside the rest.
         chunk_temperature: Temperature of the chunks' likelihoods, 1 or more.
         third_vocabulary: With a store of another tokenizer: train the softmax over the ids alone that its labels or texts have
@@ -137,8 +138,10 @@ class SoftLabelDistillation(LanguageModel):
 
     def soft_targets(self, batch: Batch) -> SoftTargets | None:
         """Return the teacher's side of a batch: its stored labels, else the online teacher's, else None."""
+        targets = shift_labels(batch["labels"])
+        text = targets[targets != -100]
         if "soft_labels" in batch:
-            return KeptLabelTargets(batch["soft_labels"], self.divergence, self.remainder)
+            return KeptLabelTargets(batch["soft_labels"], self.divergence, self.remainder, text)
         if not self._teacher:
             return None
         teacher = self._teacher[0]
@@ -150,7 +153,7 @@ class SoftLabelDistillation(LanguageModel):
             )
         with torch.autocast(self.device.type, enabled=False):  # as in capture
             labels = teacher_labels(teacher, batch, self.selection)
-        return KeptLabelTargets(labels, self.divergence, self.remainder)
+        return KeptLabelTargets(labels, self.divergence, self.remainder, text)
 
     def loss_parts(self, batch: Batch) -> LossParts:
         """Return the loss of a batch of ``LanguageModel``, with ``soft_labels`` of its supervised tokens if stored."""
@@ -184,7 +187,8 @@ class SoftLabelDistillation(LanguageModel):
         if isinstance(soft_targets, KeptLabelTargets):
             ids = soft_targets.labels.ids
             places = torch.searchsorted(vocabulary, ids.long().clamp(min=0)).int().masked_fill(ids < 0, -1)
-            soft_targets = replace(soft_targets, labels=replace(soft_targets.labels, ids=places))
+            text = None if soft_targets.text is None else torch.searchsorted(vocabulary, soft_targets.text)
+            soft_targets = replace(soft_targets, labels=replace(soft_targets.labels, ids=places), text=text)
         return weight[vocabulary], torch.searchsorted(vocabulary, labels), soft_targets
 
     def _with_chunks(

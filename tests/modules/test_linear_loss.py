@@ -95,6 +95,48 @@ def test_kept_labels_equal_the_slow_reference(divergence, remainder, temperature
         assert torch.allclose(fast, exact, atol=2e-5)
 
 
+def test_text_in_the_tail_equals_the_slow_reference():
+    states, weight, labels, teacher = problem()
+    log_p = teacher.log_softmax(1)
+    top = log_p.exp().topk(6, dim=1)
+    kept, tail = top.values.bfloat16(), (1 - top.values.sum(1)).bfloat16()
+    realised = log_p.gather(1, labels[:, None])[:, 0].bfloat16()
+    soft_labels = SoftLabels(top.indices.int(), kept, tail, realised)
+    targets = KeptLabelTargets(soft_labels, remainder="text_tail", text=labels)
+    parts = linear_loss(states, weight, labels, soft_targets=targets, soft_weight=0.3, chunk_tokens=5)
+    total = (kept.double().sum(1) + tail.double())[:, None]
+    slow, _, soft = slow_loss(
+        states, weight, labels, 0.3, 1.0, kept.double() / total, top.indices, (tail.double() / total[:, 0]), "forward_kl"
+    )
+    q = (states.double() @ weight.double().t()).softmax(1)
+    outside = (top.indices != labels[:, None]).all(1)
+    assert 0 < int(outside.sum()) < TOKENS
+    rest = 1 - q.gather(1, top.indices).sum(1)
+    within = realised.double() - tail.double().log() - (q.gather(1, labels[:, None])[:, 0] / rest).log()
+    slow, soft = slow + 0.3 * (within * outside).mean(), soft + (within * outside).mean()
+    assert torch.allclose(parts.soft.double(), soft, atol=1e-5)
+    assert torch.allclose(parts.loss.double(), slow, atol=1e-5)
+    for fast, exact in zip(gradients(parts.loss, states, weight), gradients(slow, states, weight)):
+        assert torch.allclose(fast, exact, atol=2e-5)
+
+
+def test_text_in_the_tail_is_the_whole_distribution_on_average():
+    states, weight, labels, teacher = problem()
+    p = teacher.softmax(1)
+    identity = torch.eye(VOCABULARY)
+    total = torch.zeros_like(states)
+    for token in range(VOCABULARY):  # the text, weighted by how likely the teacher finds it
+        text = torch.full((TOKENS,), token)
+        kept = select_labels(teacher, identity, text, LabelSettings(k=5), dtype=torch.float32)
+        targets = KeptLabelTargets(kept, remainder="text_tail", text=text)
+        for row in range(TOKENS):
+            one = KeptLabelTargets(targets.labels.where(slice(row, row + 1)), remainder="text_tail", text=text[:1])
+            loss = linear_loss(states[row : row + 1], weight, labels[row : row + 1], soft_targets=one, soft_weight=1.0).loss
+            total += float(p[row, token]) * gradients(loss, states)[0]
+    whole = linear_loss(states, weight, labels, soft_targets=FullVocabularyTargets(teacher, identity), soft_weight=1.0).loss
+    assert torch.allclose(total, TOKENS * gradients(whole, states)[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_full_vocabulary_equals_the_slow_reference(divergence, temperature):

@@ -40,6 +40,7 @@ def test_another_tokenizer_is_refused_without_alignment(tmp_path, store):
         ({"chunk_weight": 0.5}, "vocabulary"),
         ({"third_vocabulary": True, "remainder": "renormalize"}, "vocabulary"),
         ({"divergence": "uld"}, "positions"),
+        ({"remainder": "text_tail", "soft_weight": 1.0}, "vocabulary"),
     ],
 )
 def test_every_form_trains_the_same_twice(tmp_path, store, settings, alignment):

@@ -91,6 +91,18 @@ def test_sampled_labels_are_refused_where_they_would_teach_wrongly(tmp_path, tex
     assert not (tmp_path / "log" / "labels").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "labels", "message"),
+    [
+        ({"divergence": "jensen_shannon"}, LabelSettings(k=5), "does not split into the kept tokens and the tail"),
+        ({}, LabelSettings(k=5, temperature=2.0), "the text is no sample of a tempered distribution"),
+    ],
+)
+def test_text_in_the_tail_is_refused_where_it_is_no_sample(teacher_folder, settings, labels, message):
+    with pytest.raises(InputError, match=message):
+        student(teacher=teacher_folder, selection=labels, remainder="text_tail", **settings)
+
+
 def test_store_outlives_its_text(tmp_path, text_file, teacher_folder):
     store = capture(tmp_path, teacher_folder, text(text_file), LabelSettings(k=8))
     before = losses_of(tmp_path, student(), SoftLabelDataModule(store, val_fraction=0, batch_size=4))
