@@ -113,6 +113,7 @@ _COMMANDS: dict[str, Any] = {"stats": stats, "verify": verify, "align": align, "
 
 def main(arguments: list[str]) -> None:
     """Run a command with the words of a command line."""
-    words = [re.sub(r"(?<=\w)-(?=\w)", "_", word) if word.startswith("--") and "=" not in word else word for word in arguments]
+    # --teacher-tokenizer is as good as --teacher_tokenizer
+    words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     by_name = words[:1] in (["align"], ["import"])  # of several things alike, which is which is said
     auto_cli(_COMMANDS, args=words, prog="fulgurite labels", as_positional=not by_name)

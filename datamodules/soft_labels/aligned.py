@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...files import write_atomic
+from ...files import digest, write_atomic
 from ...modules.distillation import SoftLabels
 from ...modules.distillation.alignment import AlignedText, Spelling, VocabularyAlignment
 from ...modules.pretrained import tokenizer_fingerprint
@@ -26,8 +26,9 @@ class AlignedExamples(Dataset):
 
     A token of the student has labels where both tokenizations have a boundary before it. The teacher's ids become the student's
     (``VocabularyAlignment``); probabilities of the same id add up, and what has no id goes to the tail. Tokens without labels
-    have a tail of 1, which teaches nothing. Between two boundaries, where one side has several tokens, the text is a chunk: its
-    log-probability is the sum of the teacher's tokens' (ALM, arXiv 2503.20083).
+    have a tail of 1, which teaches nothing of its own. What the teacher was not asked for, as a prompt, is not asked of the
+    student. Between two boundaries, where one side has several tokens, the text is a chunk: its log-probability is the sum of the
+    teacher's tokens' (ALM, arXiv 2503.20083).
 
     Args:
         store: The store; it must hold its tokens.
@@ -54,19 +55,22 @@ class AlignedExamples(Dataset):
         supervised = np.cumsum(np.append(0, sequence.supervised))  # rows of labels before each position
         ids: list[int] = []
         positions, own_supervised, rows, chunks = [], [], [], []
-        for begin, text in self._pieces(sequence):
+        for begin, end, text in self._pieces(sequence):
             count = len(text.ids)
             ids += text.ids
             positions.append(np.arange(count))
-            own_supervised.append(np.arange(count) > 0)
+            # A piece's first token has nothing before it; the student's may end within it, and are asked for if the next one is.
+            asked = sequence.supervised[begin : end - 1]
+            asked = np.append(asked[:1], asked)[text.within] if len(asked) else np.ones(count, dtype=bool)
+            own_supervised.append(asked & (np.arange(count) > 0))
             # The label of a token is in the row of the position before it.
             before = begin + text.teacher - 1
             known = (text.teacher > 0) & (text.student > 0) & (text.student < count)
             known &= sequence.supervised[np.clip(before, 0, None)]
             row = np.full(count, -1)
             row[text.student[known]] = supervised[before[known]]
-            rows.append(row[1:])
-            chunks.append(_chunks(text, begin, sequence, supervised, known))
+            rows.append(row[own_supervised[-1]])
+            chunks.append([part[own_supervised[-1]] for part in _chunks(text, begin, sequence, supervised, known)])
         labels = np.where(np.concatenate(own_supervised), ids, -100)
         tokens, log_p = (np.concatenate(part) for part in zip(*chunks))
         return {
@@ -76,12 +80,17 @@ class AlignedExamples(Dataset):
             "soft_labels": self._labels(sequence, np.concatenate(rows), tokens, log_p),
         }
 
-    def _pieces(self, sequence: StoredSequence) -> Iterator[tuple[int, AlignedText]]:
+    def _pieces(self, sequence: StoredSequence) -> Iterator[tuple[int, int, AlignedText]]:
         bounds = [*sequence.starts.tolist(), len(sequence.tokens)]
+        nothing = True
         for begin, end in zip(bounds, bounds[1:]):
             text = AlignedText.of(sequence.tokens[begin:end].tolist(), self.teacher, self.tokenizer, self.student)
             if text.ids:
-                yield begin, text
+                nothing = False
+                yield begin, end, text
+        if nothing:  # special tokens alone, say; a batch needs a token
+            none = np.zeros(0, dtype=np.int64)
+            yield 0, 0, AlignedText([self.student.end or 0], none, none, np.zeros(1, dtype=np.int64))
 
     def _labels(self, sequence: StoredSequence, rows: np.ndarray, tokens: np.ndarray, log_p: np.ndarray) -> SoftLabels:
         counts = sequence.counts.astype(np.int64)
@@ -121,7 +130,7 @@ class AlignedExamples(Dataset):
 def _chunks(
     text: AlignedText, begin: int, sequence: StoredSequence, supervised: np.ndarray, known: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for all tokens but a piece's first, the tokens of the chunk that begins there and its log-probability."""
+    """Return, for each token, the tokens of the chunk that begins there and the chunk's log-probability."""
     tokens, log_p = np.zeros(len(text.ids), dtype=np.int64), np.zeros(len(text.ids))
     realised = np.cumsum(np.append(0, bfloat16(sequence.realised).double().numpy()))
     ours, theirs = np.diff(text.student), np.diff(text.teacher)
@@ -130,7 +139,7 @@ def _chunks(
     places = text.student[:-1][whole]
     tokens[places] = ours[whole]
     log_p[places] = np.diff(realised[rows])[whole]
-    return tokens[1:], log_p[1:]
+    return tokens, log_p
 
 
 def _renamed(
@@ -148,17 +157,20 @@ def _renamed(
 
 def stored_alignment(store: SoftLabelStore, tokenizer: PreTrainedTokenizerBase) -> VocabularyAlignment:
     """Return the alignment of a store's vocabulary with a student's, which stays with the store."""
-    path = store.folder / f"alignment-{tokenizer_fingerprint(tokenizer)[:16]}.npz"
+    spelling = store.spelling()
+    size = max(store.header.vocabulary, len(spelling.tokens))
+    name = digest([tokenizer_fingerprint(tokenizer), tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)])
+    path = store.folder / f"alignment-{name[:16]}.npz"
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = VocabularyAlignment(file["ids"], file["exact"])
-            if len(found.ids) == len(found.exact) == store.header.vocabulary and found.ids.max() < len(tokenizer):
+            if len(found.ids) == len(found.exact) == size and found.ids.max() < len(tokenizer):
                 return found
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise StoreError(f"{path} is damaged ({error}). Delete it: it is made again.") from error
         raise StoreError(f"{path} is of other vocabularies. Delete it: it is made again.")
-    made = VocabularyAlignment.of(store.spelling(), tokenizer, store.header.vocabulary)
+    made = VocabularyAlignment.of(spelling, tokenizer, size)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, ids=made.ids, exact=made.exact)
     with suppress(OSError):  # a store that may only be read

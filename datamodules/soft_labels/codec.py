@@ -9,7 +9,7 @@ import zstandard
 
 from ...errors import InputError
 
-_LARGEST = 1 << 28  # bytes that anything in a store may unpack to
+LARGEST = 1 << 28  # bytes that anything in a store may unpack to
 
 
 class StoreError(InputError):
@@ -24,11 +24,22 @@ def decompressed(data: bytes) -> bytes:
     """
     try:
         size = zstandard.get_frame_parameters(data).content_size
-        if not 0 <= size <= _LARGEST:
+        if not 0 <= size <= LARGEST:
             raise StoreError("a packed part does not say its size, or is larger than a store has")
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as error:
         raise StoreError(f"a packed part is damaged: {error}") from error
+
+
+def of_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Return bfloat16, held as uint16, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Return numbers as the nearest bfloat16, held as uint16."""
+    whole = values.astype(np.float32).view(np.uint32)
+    return ((whole + 0x7FFF + ((whole >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 @dataclass
@@ -55,6 +66,14 @@ class StoredSequence:
     tail: np.ndarray
     realised: np.ndarray
 
+    def check(self) -> None:
+        """Raise a StoreError if a probability or a log-probability is none, as of a teacher whose numbers overflow."""
+        for name, most in (("probabilities", 1.01), ("tail", 1.01), ("realised", 0.01)):
+            values = of_bfloat16(getattr(self, name))
+            wrong = ~(np.isfinite(values) & (values <= most))
+            if wrong.any():
+                raise StoreError(f"{name}: the teacher says {values[wrong][0]}, which is none. Use weights=float32.")
+
 
 class Codec(Protocol):
     """Turns a sequence into bytes and back, before compression."""
@@ -78,6 +97,14 @@ class Codec(Protocol):
 
         Second order in the size of the steps; bfloat16, in which labels come, counts as exact.
         """
+        ...
+
+    def mass_error(self, sequence: StoredSequence) -> np.ndarray:
+        """Return, for each supervised token, by how much what is read may fail to add up to 1."""
+        ...
+
+    def length(self, data: bytes) -> int:
+        """Return the number of tokens of a record, from its head."""
         ...
 
 
@@ -156,6 +183,14 @@ class PlainCodec:
     def error_bound(self, sequence: StoredSequence) -> np.ndarray:
         """Return zeros: nothing is rounded."""
         return np.zeros(len(sequence.counts))
+
+    def mass_error(self, sequence: StoredSequence) -> np.ndarray:
+        """Return what rounding to bfloat16 can add up to."""
+        return np.full(len(sequence.counts), 0.02)
+
+    def length(self, data: bytes) -> int:
+        """Return the number of tokens of a record, from its head."""
+        return int(self._head.unpack_from(data)[0])
 
     def pack(self, ids: np.ndarray) -> np.ndarray:
         """Return ids in as many bits as the vocabulary needs, the lowest first, uint8."""

@@ -68,8 +68,8 @@ class SoftLabelDataModule(TokenDataModule):
     Args:
         store: Folder of the store to train on.
         val_store: Folder of a store to validate on; None holds out a part of ``store``, or takes ``text``'s own.
-        val_fraction: Share of the store's sequences, the last ones captured, that is held out when neither ``val_store``
-            nor an external store's ``text`` is given, in [0, 1).
+        val_fraction: Share of the store's sequences, the last ones (of the last process), that is held out when neither
+            ``val_store`` nor an external store's ``text`` is given, in [0, 1).
         text: The text that the store was made of; needed where its tokens are ``external``, and used then only. Its
             validation split is used when ``val_store`` is None, without soft labels.
         train_tokens: Number of tokens to train on, as the teacher counts them; the sequences beyond are left out. None takes
@@ -122,6 +122,7 @@ class SoftLabelDataModule(TokenDataModule):
         self.alignment = alignment
         self.has_soft_labels = True
         self.store: SoftLabelStore | None = None
+        self.val_store: SoftLabelStore | None = None
 
     def prepare_data(self) -> None:
         """Tokenise the text, where the store needs it."""
@@ -135,6 +136,11 @@ class SoftLabelDataModule(TokenDataModule):
             return
         self.store = self._open("store", self.store_folder)
         if self.store.header.tokens == "external":
+            if self.alignment is not None:
+                raise StoreError(
+                    f"store={self.store_folder!r} was made with tokens: external: there is no text in it to write in another "
+                    "tokenizer's tokens. Capture with tokens: stored."
+                )
             if self.text is None:
                 raise StoreError(f"store={self.store_folder!r} was made with tokens: external. Give its text as data.text.")
             if self.train_tokens is not None:
@@ -155,7 +161,9 @@ class SoftLabelDataModule(TokenDataModule):
             self.val_set = self._examples(self.store, keys[len(keys) - held_out :]) if held_out else None
             self.val_has_soft_labels = bool(held_out)
         if self.val_folder is not None:
-            val_store = self._open("val_store", self.val_folder)
+            val_store = self.val_store = self._open("val_store", self.val_folder)
+            if not len(val_store):
+                raise StoreError(f"val_store={self.val_folder!r} has no sequences. Capture some.")
             if val_store.header.tokens == "external":
                 raise StoreError(f"val_store={self.val_folder!r} was made with tokens: external. Capture it with tokens: stored.")
             self.val_has_soft_labels = True

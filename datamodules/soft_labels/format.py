@@ -16,7 +16,7 @@ import zstandard
 from ...files import write_atomic, write_json
 from ...modules.distillation import LabelSettings
 from ...modules.distillation.alignment import Spelling
-from .codec import Codec, PlainCodec, StoredSequence, StoreError, decompressed
+from .codec import LARGEST, Codec, PlainCodec, StoredSequence, StoreError, decompressed
 from .ranked import RankedCodec
 from .steps import Values, ValueSteps
 from .tables import LabelTables, tables_path
@@ -105,10 +105,11 @@ class StoreHeader:
             raise StoreError(f"codec={self.codec!r} is unknown. Legal: {', '.join(CODECS)}.")
         if self.tokens not in ("stored", "external"):
             raise StoreError(f"tokens={self.tokens!r} is unknown. Legal: stored, external.")
-        if not 1 <= int(self.vocabulary) < 1 << 31:
-            raise StoreError(f"vocabulary={self.vocabulary} is no size of a vocabulary. Legal: 1 to {(1 << 31) - 1}.")
+        if not 1 <= int(self.vocabulary) <= 1 << 21:
+            raise StoreError(f"vocabulary={self.vocabulary} is no size of a vocabulary. Legal: 1 to {1 << 21}.")
         self.settings.check()
-        self.steps()
+        if self.codec == RankedCodec.name:
+            self.steps()
 
     def differences(self, other: "StoreHeader") -> list[str]:
         """Return one phrase for every field in which two headers differ."""
@@ -195,7 +196,12 @@ def read_spelling(folder: Path) -> Spelling:
 
 def pack_block(key: bytes, sequence: StoredSequence, codec: Codec, compression: int) -> bytes:
     """Return a block: magic, payload length, key, CRC-32, and the record compressed by zstd."""
-    payload = zstandard.ZstdCompressor(level=compression).compress(codec.encode(sequence))
+    record = codec.encode(sequence)
+    if len(record) > LARGEST:
+        raise StoreError(
+            f"a sequence's labels take {len(record)} bytes, more than {LARGEST}. Use shorter sequences or fewer labels."
+        )
+    payload = zstandard.ZstdCompressor(level=compression).compress(record)
     head = _BLOCK.pack(_MAGIC, len(payload), key, 0)
     return _BLOCK.pack(_MAGIC, len(payload), key, zlib.crc32(payload, zlib.crc32(head[:-4]))) + payload
 
@@ -229,18 +235,42 @@ def unpack_block(block: bytes, key: bytes, decode: Callable[[bytes], Decoded], w
         raise StoreError(f"{where}: the block cannot be read ({error}). Capture again.") from error
 
 
-def whole_blocks(data: bytes, codec: Codec) -> Iterator[tuple[int, int, bytes, int]]:
-    """Yield offset, length, key and tokens of the whole blocks at the head of some bytes; stop at the first that is none."""
+def whole_blocks(data: bytes, codec: Codec, where: str) -> Iterator[tuple[int, int, bytes, int]]:
+    """Yield offset, length, key and tokens of the whole blocks at the head of some bytes; stop at the first that is none.
+
+    Args:
+        data: The bytes.
+        codec: The store's codec, which is asked for nothing but the number of tokens.
+        where: File and offset, for messages.
+
+    Raises:
+        StoreError: If a whole block follows behind what is none: then a byte has changed, and nothing may be cut off.
+    """
     offset = 0
-    while offset + _BLOCK.size <= len(data):
-        _, length, key, _ = _BLOCK.unpack_from(data, offset)
-        block = data[offset : offset + _BLOCK.size + length]
-        try:
-            sequence = unpack_block(block, key, codec.decode, "")
-        except StoreError:
-            return
-        yield offset, len(block), key, len(sequence.supervised)
-        offset += len(block)
+    while (found := _whole_block(data, offset)) is not None:
+        length, key, record = found
+        yield offset, length, key, codec.length(record)
+        offset += length
+    behind = data.find(_MAGIC, offset + 1)
+    while behind >= 0:
+        if _whole_block(data, behind) is not None:
+            raise StoreError(
+                f"{where}: the block at {offset} is damaged, and whole ones follow it. Restore the file, or delete the store and "
+                "capture again."
+            )
+        behind = data.find(_MAGIC, behind + 1)
+
+
+def _whole_block(data: bytes, offset: int) -> tuple[int, bytes, bytes] | None:
+    """Return length, key and record of the block at an offset; None if there is none."""
+    if offset + _BLOCK.size > len(data):
+        return None
+    _, length, key, _ = _BLOCK.unpack_from(data, offset)
+    block = data[offset : offset + _BLOCK.size + length]
+    try:
+        return len(block), key, unpack_block(block, key, bytes, "")
+    except StoreError:
+        return None
 
 
 def journal_line(entry: dict[str, Any]) -> bytes:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .codec import StoredSequence
+from .codec import StoredSequence, StoreError
 from .ranked import RankedCodec, RoundedLabels
 from .tables import tables_path
 
@@ -29,7 +29,13 @@ class TableLearner:
 
     def __init__(self, codec: RankedCodec, folder: Path, rank: int, before: Iterable[RoundedLabels], seen: int) -> None:
         self._codec, self._folder, self._rank, self._seen = codec, folder, rank, seen
-        codec.number = sum(1 for _ in folder.glob(f"tables-{rank:05d}-*.flt"))
+        there = sorted(int(path.stem.rsplit("-", 1)[1]) for path in folder.glob(f"tables-{rank:05d}-*.flt"))
+        codec.number = len(there)
+        if there != list(range(1, len(there) + 1)):
+            raise StoreError(
+                f"{folder} has the tables {there} of process {rank}: one before the last is missing, and blocks need it. Restore "
+                "it, or delete the store and capture again."
+            )
         self._recent: list[RoundedLabels] = []
         self._held = 0
         if codec.number < len(_MOMENTS):

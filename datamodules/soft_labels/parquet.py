@@ -1,6 +1,7 @@
 """Soft labels as Parquet: to read with other tools, and to take labels that a teacher said elsewhere."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,9 +17,8 @@ from ...files import atomic_file
 from ...modules.distillation import LabelSettings
 from ...modules.distillation.alignment import Spelling
 from ...modules.pretrained import SourceError, tokenizer_fingerprint
-from .codec import StoredSequence
+from .codec import StoredSequence, bfloat16_bits
 from .format import StoreHeader, write_spelling
-from .ranked import bfloat16_bits
 from .store import SoftLabelAppender, SoftLabelStore, bfloat16
 
 _ROWS = 64  # sequences that are in memory at the same time
@@ -49,7 +49,10 @@ def export_parquet(store: SoftLabelStore, path: Path) -> int:
         Number of sequences.
     """
     pyarrow = _arrow()
-    store.spelling()
+    if store.header.tokens == "external":
+        raise InputError(
+            f"{store.folder} was made with tokens: external, so there is no text to export. Capture with tokens: stored."
+        )
     floats, integers = pyarrow.list_(pyarrow.float32()), pyarrow.list_(pyarrow.int32())
     schema = pyarrow.schema(
         {
@@ -122,6 +125,8 @@ def import_parquet(
     """
     pyarrow = _arrow()
     vocabulary = len(tokenizer) if vocabulary is None else vocabulary
+    if vocabulary < len(tokenizer):
+        raise InputError(f"vocabulary={vocabulary} is less than the tokenizer has. Legal: {len(tokenizer)} or more.")
     if not Path(path).is_file():
         raise InputError(f"{path} is no file. Give a Parquet file with input_ids, top_ids and top_log_probabilities.")
     try:
@@ -131,12 +136,11 @@ def import_parquet(
     missing = {"input_ids", "top_ids", "top_log_probabilities"} - set(file.schema_arrow.names)
     if missing:
         raise InputError(f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(file.schema_arrow.names)}.")
-    made_with = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}")).get("settings", {})
-    if made_with.get("selection") in ("sampled", "random"):
-        raise InputError(
-            f"{path} holds labels of selection={made_with['selection']!r}, which are samples, not what the teacher found "
-            "likeliest. Copy the store itself."
-        )
+    types = {name: str(file.schema_arrow.field(name).type) for name in ("input_ids", "top_ids", "top_log_probabilities")}
+    wrong = [f"{name}: {kind}" for name, kind in types.items() if kind.count("list<") != 1 + name.startswith("top_")]
+    if wrong:
+        raise InputError(f"{path} has {', '.join(wrong)}. Needed: input_ids as lists of integers, the others as lists of lists.")
+    _check_origin(file, path, tokenizer, temperature)
     most = max((len(label) for row in _rows(file, "top_ids") for label in row["top_ids"]), default=0)
     if not most:
         raise InputError(f"{path} has no labels: every entry of top_ids is empty.")
@@ -166,12 +170,36 @@ def import_parquet(
     return int(file.metadata.num_rows)
 
 
+def _check_origin(file: Any, path: Path, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
+    """Refuse what contradicts the header of the store that the file was exported from."""
+    header = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}"))
+    settings = header.get("settings", {})
+    if settings.get("selection") in ("sampled", "random"):
+        raise InputError(
+            f"{path} holds labels of selection={settings['selection']!r}, which are samples, not what the teacher found "
+            "likeliest. Copy the store itself."
+        )
+    if settings.get("temperature", temperature) != temperature:
+        raise InputError(f"temperature={temperature}, but {path} was exported with {settings['temperature']}. Give that.")
+    if header.get("tokenizer_fingerprint", ours := tokenizer_fingerprint(tokenizer)) != ours:
+        raise InputError(f"{path} was exported from a store of another tokenizer than the one given. Give the teacher's own.")
+
+
 def _rows(file: Any, *columns: str) -> Iterator[dict[str, Any]]:
     for batch in file.iter_batches(batch_size=_ROWS, columns=list(columns)):
         yield from batch.to_pylist()
 
 
 def _sequence(row: dict[str, Any], vocabulary: int, where: str) -> StoredSequence:
+    try:
+        return _checked_sequence(row, vocabulary, where)
+    except (TypeError, OverflowError, IndexError) as error:
+        raise InputError(
+            f"{where}: a column is not of the type that labels have ({error}). See docs/soft-label-format.md."
+        ) from error
+
+
+def _checked_sequence(row: dict[str, Any], vocabulary: int, where: str) -> StoredSequence:
     tokens = np.array(row["input_ids"], dtype=np.int64)
     top, log_p = row["top_ids"], row["top_log_probabilities"]
     if len(top) != len(tokens) or len(log_p) != len(tokens):
@@ -183,7 +211,10 @@ def _sequence(row: dict[str, Any], vocabulary: int, where: str) -> StoredSequenc
     if [len(part) for part in log_p] != counts.tolist() or (len(counts) and counts[-1]):
         raise InputError(f"{where}: top_ids and top_log_probabilities differ at a token, or the last token has labels.")
     supervised = counts > 0
-    ids, values = np.array(sum(top, []), dtype=np.int64), np.array(sum(log_p, []), dtype=np.float64)
+    kept = list(itertools.chain.from_iterable(top))
+    if any(not isinstance(number, int) for number in (*row["input_ids"], *kept)):
+        raise InputError(f"{where}: input_ids and top_ids need whole numbers.")
+    ids, values = np.array(kept, dtype=np.int64), np.array(list(itertools.chain.from_iterable(log_p)), dtype=np.float64)
     for name, numbers in (("input_ids", tokens), ("top_ids", ids)):
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < vocabulary:
             raise InputError(
@@ -194,13 +225,16 @@ def _sequence(row: dict[str, Any], vocabulary: int, where: str) -> StoredSequenc
         raise InputError(f"{where}: top_ids has the same id twice at a token.")
     p = np.exp(values)
     mass = np.bincount(owner, p, minlength=len(tokens))
-    if not np.isfinite(values).all() or mass.max(initial=0) > 1.01:
-        raise InputError(f"{where}: top_log_probabilities are none: they add up to more than 1, or are not finite.")
+    if np.isnan(values).any() or mass.max(initial=0) > 1.01:
+        raise InputError(f"{where}: top_log_probabilities are none: they add up to more than 1, or are not numbers.")
+    starts = np.array(row.get("starts") or [0], dtype=np.int64)
+    if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= max(len(tokens), 1):
+        raise InputError(f"{where}: starts={starts.tolist()} are no beginnings of pieces: they rise from 0, below {len(tokens)}.")
     order = np.lexsort((-p, owner))
     places = supervised.nonzero()[0]
     return StoredSequence(
         tokens=tokens.astype(np.uint32),
-        starts=np.array(row.get("starts") or [0], dtype=np.uint32),
+        starts=starts.astype(np.uint32),
         supervised=supervised,
         counts=counts[places].astype(np.uint32),
         ids=ids[order].astype(np.uint32),
@@ -225,5 +259,7 @@ def _realised(
                     "likely it was. Add the column log_probabilities."
                 )
             own = log_p[place][top[place].index(following)]
+        if not -1e4 < own <= 0.01:
+            raise InputError(f"{where}: {own} is no log-probability of the token behind token {place}. Legal: finite, 0 at most.")
         found[number] = own
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import constriction
 import numpy as np
 
-from .codec import StoredSequence, StoreError
+from .codec import StoredSequence, StoreError, bfloat16_bits, of_bfloat16
 from .numbers import SYMBOLS, BitReader, pack, split
 from .steps import ValueSteps
 from .tables import TOPICS, LabelTables, Symbols
@@ -65,7 +65,7 @@ class RankedCodec:
 
     def __init__(self, vocabulary: int, steps: ValueSteps, tables: Callable[[int], LabelTables]) -> None:
         self.vocabulary, self.steps, self._tables = vocabulary, steps, tables
-        self._values = _of_bfloat16(bfloat16_bits(steps.table()))
+        self._values = of_bfloat16(bfloat16_bits(steps.table()))
         self.number = 0
         self.shapes = {
             "counts": (1, SYMBOLS),
@@ -97,9 +97,9 @@ class RankedCodec:
     def rounded(self, sequence: StoredSequence) -> RoundedLabels:
         """Return the labels of a sequence as they are written."""
         counts, ids = sequence.counts.astype(np.int64), sequence.ids.astype(np.int64)
-        levels = self.steps.level(_of_bfloat16(sequence.probabilities))
+        levels = self.steps.level(of_bfloat16(sequence.probabilities))
         order = self._order(counts, levels, ids)
-        tail, realised = _of_bfloat16(sequence.tail), _of_bfloat16(sequence.realised)
+        tail, realised = of_bfloat16(sequence.tail), of_bfloat16(sequence.realised)
         return RoundedLabels(
             counts,
             levels[order],
@@ -221,8 +221,23 @@ class RankedCodec:
         if self.steps.values == "sqrt":
             return sequence.counts * self.steps.step**2 / 2 + tail * (self.steps.floor == 0)
         owner = np.repeat(np.arange(len(sequence.counts)), sequence.counts)
-        mass = np.bincount(owner, _of_bfloat16(sequence.probabilities), minlength=len(sequence.counts))
+        mass = np.bincount(owner, of_bfloat16(sequence.probabilities), minlength=len(sequence.counts))
         return mass * self.steps.step**2 / 8 + tail
+
+    def mass_error(self, sequence: StoredSequence) -> np.ndarray:
+        """Return how far a token's rounded values and tail can lie from 1 in all."""
+        tail = 2 / _TAIL_STEPS
+        if self.steps.values == "even":
+            return np.full(len(sequence.counts), 0.02)
+        if self.steps.values == "log":
+            return np.full(len(sequence.counts), np.expm1(self.steps.step / 2) + tail + 0.02)
+        # By half a step each, of square roots whose squares add up to 1 at most.
+        half = self.steps.step / 2
+        return 2 * half * np.sqrt(sequence.counts) + sequence.counts * half**2 + tail + 0.02
+
+    def length(self, data: bytes) -> int:
+        """Return the number of tokens of a record, from its head."""
+        return int(self._head.unpack_from(data)[1])
 
     def _columns(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, RoundedLabels]:
         if len(data) < self._head.size:
@@ -252,7 +267,7 @@ class RankedCodec:
     def _probabilities(self, labels: RoundedLabels) -> tuple[np.ndarray, np.ndarray]:
         """Return what labels and tails stand for, bfloat16 as uint16; a token's add up to at most 1, unless they are samples."""
         values = self._values[labels.levels]
-        tail = _of_bfloat16(bfloat16_bits((labels.tail / _TAIL_STEPS) ** 2))
+        tail = of_bfloat16(bfloat16_bits((labels.tail / _TAIL_STEPS) ** 2))
         if self.steps.floor or self.steps.values == "even":
             return _cut(values), _cut(tail)
         filled = np.flatnonzero(labels.counts)
@@ -364,16 +379,6 @@ def _sums_within(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
     return sums - np.repeat(sums[starts] - values[starts], lengths)
 
 
-def _of_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def _cut(values: np.ndarray) -> np.ndarray:
     """Return float32 of 0 or more as the bfloat16 at or below it."""
     return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def bfloat16_bits(values: np.ndarray) -> np.ndarray:
-    """Return numbers as the nearest bfloat16, in uint16."""
-    whole = values.astype(np.float32).view(np.uint32)
-    return ((whole + 0x7FFF + ((whole >> 16) & 1)) >> 16).astype(np.uint16)

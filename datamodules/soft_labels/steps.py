@@ -34,9 +34,10 @@ class ValueSteps:
             raise InputError(f"values={self.values!r} is unknown. Legal: sqrt, log.")
         if self.floor and self.values != "sqrt":
             raise InputError(f"values={self.values!r} would round what 'sampled' selection drew. Legal with it: sqrt.")
-        if not 0.001 <= self.step <= 0.5:
+        least = 0.005 if self.values == "log" else 0.001
+        if not least <= self.step <= 0.5:
             raise InputError(
-                f"value_step={self.step} is too fine or too coarse. Legal: 0.001 to 0.5; 0.01 for sqrt, 0.05 for log."
+                f"value_step={self.step} is too fine or too coarse. Legal: {least} to 0.5; 0.01 suits sqrt, 0.05 suits log."
             )
 
     @property

@@ -3,10 +3,11 @@
 import errno
 import fcntl
 import hashlib
+import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +115,17 @@ class SoftLabelStore:
         self._codecs: dict[str, Codec] = {}
         self._places: dict[bytes, _Place] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._ends: dict[str, int] = {}  # of what the journals name in each shard
         for journal in sorted(self.folder.glob("journal-*.jsonl")):
             for entry in read_journal(journal)[0]:
                 place = _Place(entry["shard"], entry["offset"], entry["length"], entry["tokens"])
-                self._places.setdefault(bytes.fromhex(entry["key"]), place)
+                self._places.setdefault(bytes.fromhex(entry["key"]), place)  # two ranks may have met the same text
+                self._ends[place.shard] = max(self._ends.get(place.shard, 0), place.offset + place.length)
         self._check_sizes()
         self.keys: list[bytes] = list(self._places)
 
-    def _shard_ends(self) -> dict[str, int]:
-        ends: dict[str, int] = {}
-        for place in self._places.values():
-            ends[place.shard] = max(ends.get(place.shard, 0), place.offset + place.length)
-        return ends
-
     def _check_sizes(self) -> None:
-        for shard, end in self._shard_ends().items():
+        for shard, end in self._ends.items():
             path = self.folder / shard
             size = path.stat().st_size if path.is_file() else 0
             if size < end:
@@ -222,8 +219,9 @@ class SoftLabelStore:
         return self._places[key].tokens
 
     def content_hash(self) -> str:
-        """Return 32 hexadecimal digits of the store's settings and keys, for results to quote."""
-        return hashlib.blake2b(b"".join(sorted(self.keys)), digest_size=16).hexdigest()
+        """Return 32 hexadecimal digits of the store's header and keys, for results to quote."""
+        made_with = json.dumps(asdict(self.header), sort_keys=True).encode()
+        return hashlib.blake2b(made_with + b"".join(sorted(self.keys)), digest_size=16).hexdigest()
 
     def spelling(self) -> Spelling:
         """Return what the teacher's tokens stand for.
@@ -245,7 +243,7 @@ class SoftLabelStore:
         for key in self.keys:
             codec = self._codec(self._places[key].shard)
             record = self._decoded(key, bytes)
-            sequence = self.read(key)
+            sequence = codec.decode(record)
             columns["tokens"] += 4 * len(sequence.tokens)
             for name, size in codec.column_bytes(record).items():
                 columns[name] += size
@@ -270,9 +268,8 @@ class SoftLabelStore:
         Raises:
             StoreError: At the first block that is damaged or holds what no teacher can have said.
         """
-        ends = self._shard_ends()
         for path in sorted(self.folder.glob("labels-*.flb")):
-            unnamed = path.stat().st_size - ends.get(path.name, 0)
+            unnamed = path.stat().st_size - self._ends.get(path.name, 0)
             if unnamed:
                 raise StoreError(
                     f"{path}: no journal names its last {unnamed} bytes. A capture was killed or a journal lost: run the same "
@@ -290,7 +287,8 @@ class SoftLabelStore:
             realised = bfloat16(sequence.realised)
             if not bool((torch.isfinite(realised) & (realised <= 0)).all()):
                 raise StoreError(f"{where}: a log-probability is none. Capture again.")
-            if len(mass) and not bool(((mass - 1).abs() < 0.02 + settings.floor).all()):
+            slack = torch.from_numpy(self._codec(self._places[key].shard).mass_error(sequence)) + settings.floor
+            if len(mass) and not bool(((mass - 1).abs() <= slack).all()):
                 raise StoreError(f"{where}: probabilities do not add up to 1. Capture again.")
             if len(sequence.tokens) and self.header.key(sequence.tokens, sequence.starts, sequence.supervised) != key:
                 raise StoreError(f"{where}: the tokens do not fit their key. Capture again.")
@@ -347,27 +345,27 @@ class SoftLabelAppender:
         ends: dict[str, int] = {}
         for entry in entries:
             ends[entry["shard"]] = max(ends.get(entry["shard"], 0), entry["offset"] + entry["length"])
-        last = max(ends, default="")
+        last = max(map(_shard_number, ends), default=-1)
         found: list[bytes] = []
-        for path in sorted(self.folder.glob(f"labels-{self.rank:05d}-*.flb")):
-            if path.name < last:
+        for path in sorted(self.folder.glob(f"labels-{self.rank:05d}-*.flb"), key=lambda path: _shard_number(path.name)):
+            if _shard_number(path.name) < last:
                 continue
             end = ends.get(path.name, 0)
             with open(path, "rb") as file:
                 file.seek(end)
                 rest = file.read()
-            for offset, length, key, tokens in whole_blocks(rest, self._codec):
+            for offset, length, key, tokens in whole_blocks(rest, self._codec, f"{path} behind byte {end}"):
                 found.append(_entry(path.name, ends.get(path.name, 0) + offset, length, key, tokens))
                 self._keys.add(key)
                 end = ends.get(path.name, 0) + offset + length
             os.truncate(path, end)
-            last = path.name if end else last
+            last = _shard_number(path.name) if end else last
         if found:
             with open(self._journal_path, "ab", buffering=0) as journal:
                 _write(journal, b"".join(found))
-        self._number = int(last[-9:-4]) if last else 0
+        self._number = max(last, 0)
         for path in self.folder.glob(f"labels-{self.rank:05d}-*.flb"):
-            if path.name > self._shard_name:
+            if _shard_number(path.name) > self._number:
                 path.unlink()
 
     def _make_learner(self) -> TableLearner | None:
@@ -395,22 +393,22 @@ class SoftLabelAppender:
             Number of bytes written to the shard.
 
         Raises:
-            StoreError: If the disk is full; what was appended before stays readable.
+            StoreError: If a number is none, or the disk is full; what was appended before stays readable.
         """
-        lines, blocks = [], []
         offset = start = self._shard.seek(0, os.SEEK_END)
-        for key, sequence in sequences:
-            if key in self._keys:
-                continue
-            self._keys.add(key)
-            if self._learner is not None:
-                self._learner.add(sequence)
-            block = pack_block(key, sequence, self._codec, self.header.compression)
-            lines.append(_entry(self._shard_name, offset, len(block), key, len(sequence.supervised)))
-            blocks.append(block)
-            offset += len(block)
         journal_end = self._journal.seek(0, os.SEEK_END)
+        new = {key: sequence for key, sequence in sequences if key not in self._keys}
+        for sequence in new.values():
+            sequence.check()
+        lines, blocks = [], []
         try:
+            for key, sequence in new.items():
+                if self._learner is not None:
+                    self._learner.add(sequence)
+                block = pack_block(key, sequence, self._codec, self.header.compression)
+                lines.append(_entry(self._shard_name, offset, len(block), key, len(sequence.supervised)))
+                blocks.append(block)
+                offset += len(block)
             _write(self._shard, b"".join(blocks))
             _write(self._journal, b"".join(lines))
         except OSError as error:
@@ -422,6 +420,7 @@ class SoftLabelAppender:
                 f"The disk of {self.folder} is full ({error.strerror}). The store holds {start} whole bytes in "
                 f"{self._shard_name}: free some space and run the same command again, it goes on from there."
             ) from error
+        self._keys.update(new)
         if offset >= self.shard_bytes:
             self._shard.close()
             self._number += 1
@@ -432,6 +431,10 @@ class SoftLabelAppender:
         """Close the files and let others write."""
         for file in (self._shard, self._journal, self._lock):
             file.close()
+
+
+def _shard_number(name: str) -> int:
+    return int(name.rsplit("-", 1)[1].removesuffix(".flb"))
 
 
 def _entry(shard: str, offset: int, length: int, key: bytes, tokens: int) -> bytes:
@@ -457,6 +460,9 @@ def prepare_store(folder: Path, header: StoreHeader, *, write: bool = True) -> N
         StoreError: If the folder holds other files, or a store made with something else; the message names what differs.
     """
     folder = Path(folder)
+    header.check()
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file. Give an empty or a new folder for the store.")
     try:
         existing = StoreHeader.read(folder)
     except StoreError:

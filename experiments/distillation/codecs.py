@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from ...datamodules import TextDataModule
 from ...datamodules.soft_labels import SoftLabelStore, StoredSequence, StoreHeader
 from ...datamodules.soft_labels.aligned import AlignedExamples, Alignment, stored_alignment
-from ...datamodules.soft_labels.codec import PlainCodec
+from ...datamodules.soft_labels.codec import PlainCodec, bfloat16_bits
 from ...datamodules.soft_labels.format import pack_block, unpack_block
 from ...datamodules.soft_labels.learner import TableLearner
-from ...datamodules.soft_labels.ranked import RankedCodec, bfloat16_bits
+from ...datamodules.soft_labels.ranked import RankedCodec
 from ...datamodules.soft_labels.store import bfloat16
+from ...errors import InputError
 from ...files import atomic_file, cache_folder, digest
 from ...modules import SoftLabelTeacher
 from ...modules.distillation import LabelSettings
@@ -102,7 +103,7 @@ def _read(model: PreTrainedModel, batch: dict[str, Any], settings: dict[str, Lab
     supervised = targets != -100
     states, found = teacher_states(model, batch), {}
     for name, chosen in settings.items():
-        chances = sampling_chances(batch["input_ids"], batch["position_ids"], supervised.sum(dim=1).tolist(), chosen)
+        chances = sampling_chances(batch["input_ids"], batch["position_ids"], supervised, chosen)
         labels = select_labels(states, head_weight(model), targets[supervised], chosen, chances=chances, dtype=torch.float32)
         kept = labels.ids >= 0
         found[name] = Labels(
@@ -158,6 +159,10 @@ def measure(
         ``kl_p99`` and ``kl_most`` in nats, from what was kept and the rest to what was read (of ``sampled``: of what it keeps
         exactly); ``encode_tokens_per_second`` and ``decode_tokens_per_second``.
     """
+    if codec == "polynomial" and selection != "fixed":
+        raise InputError(f"selection={selection!r} with codec='polynomial', which has {_KEPT} labels a token. Legal: fixed.")
+    if rounds < 1:
+        raise InputError(f"rounds={rounds} measures nothing. Legal: 1 or more.")
     said, vocabulary = teacher_says(teacher, text, tokens, theta)
     settings = LabelSettings(selection=selection, k=_KEPT, threshold=threshold, theta=theta)
     blocks = said["sampled" if selection == "sampled" else "fixed"]
@@ -166,7 +171,7 @@ def measure(
     count = sum(len(labels.counts) for labels in blocks)
     ways: dict[str, Callable[[], _Way]] = {
         "ranked": lambda: _Ours(vocabulary, settings),
-        "packed": lambda: _Packed(vocabulary, settings),
+        "packed": lambda: _Packed(vocabulary),
         "half": lambda: _Half(vocabulary),
         "polynomial": lambda: _Polynomial(vocabulary),
     }
@@ -290,9 +295,8 @@ class _Ours(_Way):
 class _Packed(_Way):
     """bfloat16 values and ids of as many bits as the vocabulary needs, as they are; the store's plain record."""
 
-    def __init__(self, vocabulary: int, settings: LabelSettings) -> None:
+    def __init__(self, vocabulary: int) -> None:
         self._codec = PlainCodec(vocabulary)
-        self._fixed = settings.selection == "fixed"
 
     def write(self, labels: Labels) -> bytes:
         return self._codec.encode(_sequence(labels))

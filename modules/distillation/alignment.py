@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ...errors import InputError
 from ..pretrained import needs_bos, token_bytes
 
 _BATCH = 4096  # spellings that are tokenised at the same time
@@ -194,11 +195,13 @@ class AlignedText:
         ids: The student's tokens.
         teacher: How many of the teacher's tokens stand before each boundary, rising, int64 [boundaries].
         student: How many of the student's, the same.
+        within: The teacher's token in which each of the student's ends, int64 [ids].
     """
 
     ids: list[int]
     teacher: np.ndarray
     student: np.ndarray
+    within: np.ndarray
 
     @classmethod
     def of(cls, ids: Sequence[int], teacher: Spelling, tokenizer: PreTrainedTokenizerBase, student: Spelling) -> "AlignedText":
@@ -212,7 +215,16 @@ class AlignedText:
             teacher: What they stand for.
             tokenizer: The student's.
             student: What its tokens stand for.
+
+        Raises:
+            InputError: If there are special tokens in the middle, as in a chat: no text of the student's says the same.
         """
+        special = [place for place, number in enumerate(ids[1:-1], 1) if teacher.tokens[number] is None]
+        if special:
+            raise InputError(
+                f"Token {ids[special[0]]} in the middle of a sequence is a special one of the teacher's, as chats have them: "
+                "another tokenizer has no words for it. Capture plain text."
+            )
         ended = len(ids) > 0 and ids[-1] == teacher.end
         said = SpelledText.of(ids[: len(ids) - ended], teacher.tokens)
         text = said.text.lstrip("\ufffd")
@@ -222,8 +234,13 @@ class AlignedText:
         if needs_bos(tokenizer):
             assert isinstance(tokenizer.bos_token_id, int)
             own, own_ends = [tokenizer.bos_token_id, *own], np.insert(own_ends, 0, 0)
-        before, behind = shared_boundaries(np.where(said.ends < 0, -1, said.ends - left_out), own_ends)
+        ends = np.where(said.ends < 0, -1, said.ends - left_out)
+        before, behind = shared_boundaries(ends, own_ends)
+        # Where nobody knows, a token ends before the next end that is known.
+        known, own_known = (np.minimum.accumulate(np.where(part < 0, len(text), part)[::-1])[::-1] for part in (ends, own_ends))
+        within = np.searchsorted(known, own_known, side="left").clip(max=max(len(known) - 1, 0))
         if ended and student.end is not None:
             own = [*own, student.end]
             before, behind = np.append(before, len(ids)), np.append(behind, len(own))
-        return cls(own, before, behind)
+            within = np.append(within, len(ids) - 1)
+        return cls(own, before, behind, within)

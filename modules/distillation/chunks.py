@@ -9,9 +9,9 @@ from .labels import SoftLabels
 
 def check_chunks(weight: float, temperature: float) -> None:
     """Raise an InputError for a weight or temperature that is out of range."""
-    if not weight >= 0:
+    if not 0 <= weight < float("inf"):
         raise InputError(f"chunk_weight={weight} is below 0. Legal: 0 (no chunks) or more.")
-    if not temperature >= 1:
+    if not 1 <= temperature < float("inf"):
         raise InputError(f"chunk_temperature={temperature} is below 1. Legal: 1 (probabilities as they are) or more.")
 
 

@@ -54,7 +54,9 @@ class LabelSettings:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the labels depend on, by name."""
-        fields = asdict(self)
+        fields = {
+            name: float(value) if name in ("threshold", "temperature", "theta") else value for name, value in asdict(self).items()
+        }
         if self.selection != "sampled":
             del fields["theta"]
         return fields
@@ -71,6 +73,10 @@ class LabelSettings:
             raise InputError(
                 f"k=None is no number of labels: selection={self.selection!r} needs k >= 1; 'adaptive' takes no cap."
             )
+        if self.selection == "random" and not 2 <= (self.k or 0) <= 256:
+            raise InputError(
+                f"k={self.k} draws of selection='random': counts of more than 256 cannot be told apart. Legal: 2 to 256."
+            )
         if self.k is not None and self.k < 1:
             raise InputError(f"k={self.k} keeps no label. Legal: 1 up to the vocabulary's size.")
         ranked = self.selection in ("fixed", "adaptive") and self.k is not None
@@ -78,10 +84,10 @@ class LabelSettings:
             raise InputError(f"k={self.k} is larger than the teacher's vocabulary. Legal: 1 to {vocabulary}.")
         if not 0 < self.threshold <= 1:
             raise InputError(f"threshold={self.threshold} is no probability mass. Legal: above 0, up to 1.")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature={self.temperature} must be above 0; 1 leaves the distribution as it is.")
-        if not 0 < self.theta <= 0.5:
-            raise InputError(f"theta={self.theta} is no probability to sample below. Legal: above 0, up to 0.5.")
+        if not 1e-4 <= self.theta <= 0.5:
+            raise InputError(f"theta={self.theta} is no probability to sample below. Legal: 0.0001 to 0.5.")
         if self.unbiased and self.temperature != 1.0:
             raise InputError(
                 f"temperature={self.temperature} with selection={self.selection!r}: sampled labels are right on average for the "
@@ -201,7 +207,7 @@ def select_labels(
     settings.check(weight.shape[0])
     if not len(labels):
         nothing = torch.empty(0, device=weight.device, dtype=dtype)
-        return SoftLabels(nothing[:, None].int(), nothing[:, None], nothing, nothing, settings.temperature)
+        return SoftLabels(nothing[:, None].int(), nothing[:, None], nothing, nothing, settings.temperature, settings.unbiased)
     hidden_states = hidden_states.to(weight.dtype)
     if settings.unbiased:
         assert chances is not None
@@ -330,26 +336,29 @@ def _sample_chunk(hidden_states: Tensor, weight: Tensor, labels: Tensor, setting
     )
 
 
-def sampling_chances(ids: Tensor, starts: Tensor, tokens: list[int], settings: LabelSettings) -> Tensor | None:
+def sampling_chances(ids: Tensor, positions: Tensor, supervised: Tensor, settings: LabelSettings) -> Tensor | None:
     """Return the random numbers that a batch's labels are sampled by; None for selections that do not sample.
 
-    They depend on a sequence's tokens alone, so that capture and online distillation draw the same, in any batch.
+    They depend on a sequence alone, up to its last supervised token and not on padding, so that capture and online distillation
+    draw the same, in any batch.
 
     Args:
         ids: Token ids [batch, length].
-        starts: Positions within documents [batch, length], which tell sequences of the same tokens apart.
-        tokens: Number of supervised tokens of each sequence.
+        positions: Within documents [batch, length].
+        supervised: Which tokens have a successor to predict [batch, length].
         settings: What to keep.
 
     Returns:
-        float64 [sum of tokens, 1] for ``sampled``, [sum of tokens, k] for ``random``.
+        float64 [supervised tokens, 1] for ``sampled``, [supervised tokens, k] for ``random``.
     """
     if not settings.unbiased:
         return None
     draws = settings.k or 1 if settings.selection == "random" else 1
     parts = []
-    for row, count in enumerate(tokens):
-        content = torch.stack([ids[row], starts[row]]).cpu().numpy().astype("<i8").tobytes()
+    for row, mask in enumerate(supervised.cpu()):
+        count = int(mask.sum())
+        stop = int(mask.nonzero().max()) + 2 if count else 0
+        content = torch.stack([ids[row, :stop], positions[row, :stop]]).cpu().numpy().astype("<i8").tobytes()
         seed = int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
         parts.append(np.random.Generator(np.random.PCG64(seed)).random((count, draws)))
     return torch.from_numpy(np.concatenate(parts))

@@ -131,7 +131,7 @@ class _KeptLabelChunk:
             self.text_log_p = labels.realised.float()[:, None] - labels.tail.float()[:, None].clamp(min=_TINY).log()
         self.ids = labels.ids.long().clamp(min=0)
         self.padding = labels.ids < 0
-        self.top_ids = self.ids[:, 0]
+        self.top_ids = labels.ids[:, 0].long()  # -1, which no token is, without labels
         if targets.divergence == "uld":
             self.kept_logits, self.ids = logits.topk(self.ids.shape[1], dim=1)
         else:
@@ -156,6 +156,7 @@ class _KeptLabelChunk:
         outcomes.masked_fill_(absent, -100.0)
         value, slope = divergence_and_slope(self.p, outcomes, self.divergence)
         self.q, self.slope = q, slope.masked_fill_(absent, 0)
+        value = value.masked_fill(self.p.sum(dim=1) == 0, 0.0)  # nothing to renormalise
         if self.text is not None:
             within = self.text_logits - log_normaliser[:, None] - self.tail_q.log()
             value = value + (self.in_tail * (self.text_log_p.clamp(max=0) - within.clamp(max=0)))[:, 0]

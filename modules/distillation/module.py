@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, SoftTargets, linear_log_likelihood, linear_loss, shift_labels
-from ..pretrained import Dtype, head_weight, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
+from ..pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
 from ..student import StudentSpec
 from .chunks import check_chunks, chunk_loss, in_chunks
 from .labels import LabelSettings, SoftLabels
@@ -86,6 +87,9 @@ class SoftLabelDistillation(LanguageModel):
         if not 0 <= soft_weight <= 1:
             raise InputError(f"soft_weight={soft_weight} is no share of the loss. Legal: 0 to 1.")
         check_chunks(chunk_weight, chunk_temperature)
+        for name, value in (("chunk_weight", chunk_weight), ("third_vocabulary", third_vocabulary)):
+            if value and teacher is not None:
+                raise InputError(f"{name}={value} is for a store of another tokenizer, not for an online teacher. Leave one out.")
         selection.check()
         super().__init__(
             source,
@@ -125,11 +129,9 @@ class SoftLabelDistillation(LanguageModel):
             self._teacher.append(teacher.requires_grad_(False))
         super().configure_model()
         if self.model is not None and self._teacher:
-            self._check_vocabulary(head_weight(self._teacher[0]).shape[0], "the teacher")
+            self._check_vocabulary(head_weight(self.model).shape[0], head_weight(self._teacher[0]).shape[0], "the teacher")
 
-    def _check_vocabulary(self, size: int, whose: str) -> None:
-        assert self.model is not None
-        ours = head_weight(self.model).shape[0]
+    def _check_vocabulary(self, ours: int, size: int, whose: str) -> None:
         if size != ours:
             raise InputError(
                 f"The head of source={self.source.name!r} has {ours} rows, that of {whose} {size}: their distributions are not "
@@ -202,13 +204,51 @@ class SoftLabelDistillation(LanguageModel):
         chunks = chunk_loss(likelihood, soft_labels, self.chunk_temperature) / max(parts.tokens, 1)
         return replace(parts, loss=parts.loss + self.chunk_weight * chunks)
 
+    def setup(self, stage: str) -> None:
+        """Check, before the student is loaded, that the stores' labels go with the loss.
+
+        Raises:
+            InputError: If they do not.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        for name in ("store", "val_store"):
+            store = getattr(data, name, None)
+            if store is None:
+                continue
+            check_divergence(self.divergence, self.remainder, store.header.settings)
+            if self.chunk_weight and store.header.settings.temperature != 1.0:
+                raise InputError(
+                    f"chunk_weight={self.chunk_weight} with labels of temperature {store.header.settings.temperature}: the "
+                    "likelihood of a text is that of temperature 1. Use chunk_weight=0, or capture with temperature 1."
+                )
+            self._check_alignment(data, store.header.vocabulary)
+        super().setup(stage)
+
+    def _check_alignment(self, data: Any, vocabulary: int) -> None:
+        """Check that the loss reads the labels that the store gives: its own ids, the student's, or none."""
+        alignment = getattr(data, "alignment", None)
+        if alignment is None and self.divergence != "uld":
+            self._check_vocabulary(load_config(self.source.name).get_text_config().vocab_size, vocabulary, "the store's teacher")
+        if alignment == "positions" and self.divergence != "uld":
+            raise InputError(
+                f"divergence={self.divergence!r} compares tokens, but data.alignment='positions' leaves the teacher's ids as "
+                "they are. Use data.alignment='vocabulary', or divergence='uld'."
+            )
+        if self.chunk_weight and alignment is None:
+            raise InputError(
+                f"chunk_weight={self.chunk_weight} is for a store of another tokenizer: data.alignment is null here."
+            )
+        if self.third_vocabulary and alignment != "vocabulary":
+            raise InputError(f"third_vocabulary=true is for a store with data.alignment='vocabulary', not {alignment!r}.")
+
     def on_fit_start(self) -> None:
         """Refuse to train on a loss whose half would be missing.
 
         Raises:
             InputError: If neither the data nor an online teacher gives soft labels.
         """
-        stored = getattr(getattr(self.trainer, "datamodule", None), "has_soft_labels", None)
+        data = getattr(self.trainer, "datamodule", None)
+        stored = getattr(data, "has_soft_labels", None)
         if self.teacher_source is None and stored is False:
             raise InputError(
                 "Distillation needs soft labels: use --data SoftLabelDataModule with a store, or name an online teacher "
@@ -216,28 +256,7 @@ class SoftLabelDistillation(LanguageModel):
             )
         if stored and self.selection != LabelSettings():
             log.warning("model.selection is ignored: the labels were selected when they were stored.")
-        store = getattr(self.trainer.datamodule, "store", None) if stored else None  # type: ignore[attr-defined]
-        if store is not None:
-            check_divergence(self.divergence, self.remainder, store.header.settings)
-            self._check_alignment(store.header.vocabulary)
-
-    def _check_alignment(self, vocabulary: int) -> None:
-        """Check that the loss reads the labels that the store gives: its own ids, the student's, or none."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        alignment = getattr(data, "alignment", None)
-        if alignment is None:
-            if self.divergence != "uld":
-                self._check_vocabulary(vocabulary, "the store's teacher")
-            for name, value in (("chunk_weight", self.chunk_weight), ("third_vocabulary", self.third_vocabulary)):
-                if value:
-                    raise InputError(f"{name}={value} is for a store of another tokenizer: data.alignment is null here.")
-            return
-        if alignment == "positions" and self.divergence != "uld":
-            raise InputError(
-                f"divergence={self.divergence!r} compares tokens, but data.alignment='positions' leaves the teacher's ids as "
-                "they are. Use data.alignment='vocabulary', or divergence='uld'."
-            )
-        if self.third_vocabulary:
+        if self.third_vocabulary and data is not None:
             self._label_vocabulary = torch.from_numpy(data.label_vocabulary())
 
     def _log_training(self, parts: LossParts) -> None:
@@ -246,9 +265,12 @@ class SoftLabelDistillation(LanguageModel):
 
     def _evaluate(self, batch: Batch) -> LossParts:
         parts = super()._evaluate(batch)
-        if "soft_labels" in batch or self._teacher:
-            self.mean_kl.update(parts.soft, parts.tokens)
-            self.mean_agreement.update(parts.agreement, parts.tokens)
+        labelled = parts.tokens
+        if "soft_labels" in batch:  # with another tokenizer, some tokens have none, and count as 0
+            labelled = int((batch["soft_labels"].counts > 0).sum())
+        if ("soft_labels" in batch or self._teacher) and labelled:
+            self.mean_kl.update(parts.soft * parts.tokens / labelled, labelled)
+            self.mean_agreement.update(parts.agreement * parts.tokens / labelled, labelled)
         return parts
 
     def _log_evaluation(self, stage: str) -> None:

@@ -111,5 +111,5 @@ def teacher_labels(model: PreTrainedModel, batch: dict[str, Any], settings: Labe
     """Return a teacher's kept labels of a batch's supervised tokens; capture and online distillation both call this."""
     targets = shift_labels(batch["labels"])
     supervised = targets != -100
-    chances = sampling_chances(batch["input_ids"], batch["position_ids"], supervised.sum(dim=1).tolist(), settings)
+    chances = sampling_chances(batch["input_ids"], batch["position_ids"], supervised, settings)
     return select_labels(teacher_states(model, batch), head_weight(model), targets[supervised], settings, chances=chances)

@@ -1,5 +1,7 @@
 """Labels of another tokenizer: what a literal loop over bytes says, they say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from fulgurite.datamodules.soft_labels import SoftLabelAppender, SoftLabelStore,
 from fulgurite.datamodules.soft_labels.aligned import AlignedExamples, stored_alignment
 from fulgurite.datamodules.soft_labels.format import read_spelling, write_spelling
 from fulgurite.datamodules.soft_labels.store import bfloat16
+from fulgurite.errors import InputError
 from fulgurite.modules.distillation import LabelSettings
 from fulgurite.modules.distillation.alignment import Spelling
+from fulgurite.modules.pretrained import tokenizer_fingerprint
 from tests.vocabularies import TOKENIZERS
 
 SPELLED = {name: Spelling.of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
@@ -45,7 +49,15 @@ def store_of(folder, teacher, texts, seed=0, end=True):
         tail=bits([row[-1] for row in values]),
         realised=bits(-random.exponential(3, len(counts))),
     )
-    header = StoreHeader("a", "t" * 32, "k" * 32, len(SPELLED[teacher].tokens), LabelSettings(k=7), "float32", codec="plain-1")
+    header = StoreHeader(
+        "a",
+        "t" * 32,
+        tokenizer_fingerprint(tokenizer),
+        len(SPELLED[teacher].tokens),
+        LabelSettings(k=7),
+        "float32",
+        codec="plain-1",
+    )
     appender = SoftLabelAppender(folder, header)
     appender.append([(header.key(sequence.tokens, sequence.starts, sequence.supervised), sequence)])
     appender.close()
@@ -153,6 +165,56 @@ def test_documents_begin_anew_and_end(tmp_path):
     begins = example["position_ids"] == 0
     assert (example["labels"][begins] == -100).all()
     assert SPELLED["small"].end in example["labels"].tolist()
+
+
+def test_what_the_teacher_was_not_asked_for_is_not_asked_of_the_student(tmp_path):
+    store, sequence = store_of(tmp_path / "s", "large", ["the sand was green"])
+    sequence.supervised[: len(sequence.supervised) // 2] = False
+    count = int(sequence.supervised.sum())
+    kept = int(sequence.counts[-count:].sum())
+    masked = replace(
+        sequence,
+        counts=sequence.counts[-count:],
+        ids=sequence.ids[len(sequence.ids) - kept :],
+        probabilities=sequence.probabilities[len(sequence.ids) - kept :],
+        tail=sequence.tail[-count:],
+        realised=sequence.realised[-count:],
+    )
+    key = store.header.key(masked.tokens, masked.starts, masked.supervised)
+    appender = SoftLabelAppender(tmp_path / "s", store.header)
+    appender.append([(key, masked)])
+    appender.close()
+    again = SoftLabelStore(tmp_path / "s")
+    for name in ("large", "bytes"):
+        example = AlignedExamples(again, [key], TOKENIZERS[name])[0]
+        asked = example["input_ids"][example["labels"] != -100].tolist()
+        text = b"".join(SPELLED[name].tokens[number] or b"" for number in asked)
+        wanted = b"".join(SPELLED["large"].tokens[number] or b"" for number in masked.tokens[1:][masked.supervised[:-1]])
+        assert text == wanted
+        assert len(example["soft_labels"]) == len(asked)
+
+
+def test_sequences_without_text_and_chats(tmp_path):
+    end = SPELLED["large"].end
+    for name, tokens in (("ends", [end, end]), ("chat", [20, end, 21, 22])):
+        header = StoreHeader("a", "t" * 32, "k" * 32, 500, LabelSettings(k=7), "float32", codec="plain-1")
+        count = len(tokens)
+        empty = np.zeros(0, dtype=np.uint16)
+        made = StoredSequence(
+            np.array(tokens, dtype=np.uint32), np.zeros(1, np.uint32), np.zeros(count, bool), empty, empty, empty, empty, empty
+        )
+        appender = SoftLabelAppender(tmp_path / name, header)
+        appender.append([(header.key(made.tokens, made.starts, made.supervised), made)])
+        appender.close()
+        write_spelling(tmp_path / name, SPELLED["large"])
+        store = SoftLabelStore(tmp_path / name)
+        examples = AlignedExamples(store, store.keys, TOKENIZERS["pieces"])
+        if name == "chat":
+            with pytest.raises(InputError, match="in the middle of a sequence is a special one"):
+                examples[0]
+        else:
+            assert examples[0]["labels"].tolist() == [-100]
+            assert len(examples[0]["soft_labels"]) == 0
 
 
 def test_the_third_vocabulary_is_what_labels_and_texts_have(tmp_path):

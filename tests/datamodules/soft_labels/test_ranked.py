@@ -205,6 +205,51 @@ def test_a_writer_learns_as_it_writes_and_goes_on_where_it_stopped(tmp_path):
     assert len(first) == int(made[0][1].supervised.sum())
 
 
+@pytest.mark.parametrize("steps", [("log", 0.05), ("log", 0.3), ("sqrt", 0.01), ("sqrt", 0.1)])
+def test_what_is_rounded_coarsely_is_no_damage(tmp_path, steps):
+    made_with = header(values=steps[0], value_step=steps[1])
+    appender = SoftLabelAppender(tmp_path / "s", made_with)
+    appender.append([(made_with.key(part.tokens, part.starts, part.supervised), part) for _, part in keyed(range(20))])
+    flat = sequence(3)
+    flat.probabilities[:] = bits([1 / 48])
+    flat.tail[:] = bits(1 - flat.counts / 48)
+    appender.append([(made_with.key(flat.tokens, flat.starts, flat.supervised), flat)])
+    appender.close()
+    assert len(list(SoftLabelStore(tmp_path / "s").verify())) == 21
+
+
+def test_a_table_that_is_missing_is_never_written_anew(tmp_path):
+    made = keyed(range(120))
+    appender = SoftLabelAppender(tmp_path / "s", header())
+    appender.append(made)
+    appender.close()
+    tables_path(tmp_path / "s", 0, 1).rename(tmp_path / "aside")
+    with pytest.raises(StoreError, match=r"tables \[2\] of process 0: one before the last is missing"):
+        SoftLabelAppender(tmp_path / "s", header())
+    # Not even with the journal lost are blocks cut off that only want their table.
+    (tmp_path / "s" / "journal-00000.jsonl").unlink()
+    size = (tmp_path / "s" / "labels-00000-00000.flb").stat().st_size
+    with pytest.raises(StoreError, match="one before the last is missing"):
+        SoftLabelAppender(tmp_path / "s", header())
+    assert (tmp_path / "s" / "labels-00000-00000.flb").stat().st_size == size
+    (tmp_path / "aside").rename(tables_path(tmp_path / "s", 0, 1))
+    assert len(list(SoftLabelStore(tmp_path / "s").verify())) == 120
+
+
+@pytest.mark.parametrize("name", ["probabilities", "tail", "realised"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused_before_they_are_written(tmp_path, name, value):
+    for codec in ("ranked-2", "plain-1"):
+        appender = SoftLabelAppender(tmp_path / codec, header(codec=codec))
+        ((key, part),) = keyed([1])
+        getattr(part, name)[0] = bits([value])[0]
+        with pytest.raises(StoreError, match=f"{name}: the teacher says"):
+            appender.append([(key, part)])
+        assert key not in appender
+        appender.close()
+        assert len(SoftLabelStore(tmp_path / codec)) == 0
+
+
 def test_every_process_has_its_own_tables(tmp_path):
     for rank in range(2):
         appender = SoftLabelAppender(tmp_path / "s", header(), rank=rank)

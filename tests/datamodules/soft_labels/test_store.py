@@ -92,6 +92,27 @@ def test_ranks_write_files_of_their_own(tmp_path):
     assert lines == [3, 3]  # the sequence that both ranks had is written once
 
 
+def test_the_same_sequence_of_two_ranks_is_no_damage(tmp_path):
+    writers = [SoftLabelAppender(tmp_path / "s", header(), rank=rank) for rank in range(2)]
+    for writer in writers:
+        writer.append([sequence(0)])
+        writer.close()
+    store = SoftLabelStore(tmp_path / "s")
+    assert len(list(store.verify())) == len(store) == 1
+
+
+def test_damage_in_the_middle_of_what_no_journal_names_cuts_nothing_off(tmp_path):
+    write(tmp_path / "s", range(4))
+    (tmp_path / "s" / "journal-00000.jsonl").unlink()
+    shard = tmp_path / "s" / "labels-00000-00000.flb"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged, and whole ones follow it"):
+        SoftLabelAppender(tmp_path / "s", header())
+    assert shard.read_bytes() == bytes(data)
+
+
 @pytest.mark.parametrize("cut", [1, 10, 40])
 @pytest.mark.parametrize("extra", [0, 7])
 def test_half_written_tail_is_cut_off(tmp_path, cut, extra):

@@ -9,7 +9,7 @@ from fulgurite.datamodules.soft_labels import StoreError
 from fulgurite.errors import InputError
 from fulgurite.modules.distillation import LabelSettings
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
-from tests.modules.distillation.test_module import capture, losses_of, student, text
+from tests.modules.distillation.test_module import capture, losses_of, student, text, trainer
 from tests.vocabularies import TOKENIZERS
 
 
@@ -64,13 +64,39 @@ def test_what_does_not_go_together_is_named(tmp_path, store, settings, alignment
         losses_of(tmp_path, student(**settings), labels_of(store, alignment=alignment))
 
 
+def test_likelihoods_of_tempered_labels_are_refused(tmp_path, text_file):
+    tokenizer, model = TOKENIZERS["large"], tiny_model(seed=7)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    settings = LabelSettings(k=12, temperature=2.0)
+    tempered = capture(tmp_path, str(tmp_path / "teacher"), text(text_file, train_tokens=64 * 8), settings)
+    with pytest.raises(InputError, match="chunk_weight=0.5 with labels of temperature 2.0"):
+        losses_of(tmp_path, student(chunk_weight=0.5), labels_of(tempered))
+
+
+def test_figures_count_the_tokens_that_have_labels(tmp_path, store):
+    data = SoftLabelDataModule(store, val_store=store, batch_size=2, alignment="vocabulary")
+    model = student()
+    run = trainer(tmp_path)
+    run.validate(model, datamodule=data, verbose=False)
+    soft = agreeing = labelled = 0
+    for index in range(len(data.val_set)):
+        batch = data._collate([data.val_set[index]])
+        parts = model.eval().loss_parts(batch)
+        soft, agreeing = soft + float(parts.soft) * parts.tokens, agreeing + float(parts.agreement) * parts.tokens
+        labelled += int((batch["soft_labels"].counts > 0).sum())
+    assert float(run.callback_metrics["val_kl"]) == pytest.approx(soft / labelled, rel=1e-4)
+    assert float(run.callback_metrics["val_agreement"]) == pytest.approx(agreeing / labelled, rel=1e-4)
+
+
 def test_forms_for_another_tokenizer_are_refused_with_ones_own(tmp_path, text_file):
     own = tmp_path / "own"
     tiny_model(seed=3).save_pretrained(own)
     tiny_tokenizer().save_pretrained(own)
     same = capture(tmp_path, str(own), text(text_file, train_tokens=64 * 8), LabelSettings(k=12))
     for settings in ({"chunk_weight": 0.5}, {"third_vocabulary": True}):
-        with pytest.raises(InputError, match="is for a store of another tokenizer"):
+        with pytest.raises(InputError, match="is for a store (of another tokenizer|with data.alignment)"):
             losses_of(tmp_path, student(**settings), labels_of(same, alignment=None))
 
 

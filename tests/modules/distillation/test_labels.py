@@ -74,6 +74,9 @@ def test_concatenation_pads_to_the_widest(teacher):
         (LabelSettings(selection="sampled", theta=0.7), "theta=0.7"),
         (LabelSettings(selection="sampled", temperature=2.0), "temperature=2.0"),
         (LabelSettings(selection="random", k=None), "k=None"),
+        (LabelSettings(selection="random", k=1), "k=1 draws"),
+        (LabelSettings(selection="random", k=300), "Legal: 2 to 256"),
+        (LabelSettings(temperature=float("inf")), "temperature=inf"),
     ],
 )
 def test_bad_settings_are_refused_by_name(teacher, settings, message):
@@ -130,11 +133,12 @@ def test_random_labels_are_unbiased_counts(teacher):
 def test_chances_depend_on_the_tokens_alone():
     ids, starts = torch.arange(12).reshape(2, 6), torch.arange(6).expand(2, 6)
     settings = LabelSettings(selection="sampled")
-    both = sampling_chances(ids, starts, [5, 3], settings)
+    supervised = torch.tensor([[True] * 5 + [False], [True] * 3 + [False] * 3])
+    both = sampling_chances(ids, starts, supervised, settings)
     assert both.shape == (8, 1)
-    assert torch.equal(both[5:], sampling_chances(ids[1:], starts[1:], [3], settings))
-    assert sampling_chances(ids, starts, [5, 3], LabelSettings(selection="random", k=7)).shape == (8, 7)
-    assert sampling_chances(ids, starts, [5, 3], LabelSettings()) is None
+    assert torch.equal(both[5:], sampling_chances(ids[1:, :4], starts[1:, :4], supervised[1:, :4], settings))  # less padding
+    assert sampling_chances(ids, starts, supervised, LabelSettings(selection="random", k=7)).shape == (8, 7)
+    assert sampling_chances(ids, starts, supervised, LabelSettings()) is None
 
 
 def test_settings_of_other_selections_do_not_change_what_labels_are():

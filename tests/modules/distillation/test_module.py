@@ -103,6 +103,21 @@ def test_text_in_the_tail_is_refused_where_it_is_no_sample(teacher_folder, setti
         student(teacher=teacher_folder, selection=labels, remainder="text_tail", **settings)
 
 
+@pytest.mark.parametrize("stage", ["validate", "fit"])
+def test_stores_to_validate_on_are_checked_too(tmp_path, text_file, teacher_folder, stage):
+    plain = capture(tmp_path / "plain", teacher_folder, text(text_file), LabelSettings(k=5))
+    sampled = capture(tmp_path / "sampled", teacher_folder, text(text_file), LabelSettings(selection="sampled", theta=0.1))
+    data = SoftLabelDataModule(plain, val_store=sampled, batch_size=4)
+    with pytest.raises(InputError, match="divergence='reverse_kl' with selection='sampled'"):
+        getattr(trainer(tmp_path), stage)(student(divergence="reverse_kl"), datamodule=data)
+
+
+@pytest.mark.parametrize("settings", [{"chunk_weight": 0.5}, {"third_vocabulary": True}])
+def test_forms_for_stores_are_refused_with_an_online_teacher(teacher_folder, settings):
+    with pytest.raises(InputError, match="not for an online teacher"):
+        student(teacher=teacher_folder, **settings)
+
+
 def test_store_outlives_its_text(tmp_path, text_file, teacher_folder):
     store = capture(tmp_path, teacher_folder, text(text_file), LabelSettings(k=8))
     before = losses_of(tmp_path, student(), SoftLabelDataModule(store, val_fraction=0, batch_size=4))
