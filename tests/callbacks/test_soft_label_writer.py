@@ -65,7 +65,7 @@ def test_bad_settings_are_refused_by_name(settings, message):
 
 def test_only_a_teacher_is_captured(tmp_path):
     with pytest.raises(InputError, match="not LanguageModel"):
-        SoftLabelWriter(str(tmp_path)).on_predict_start(None, LanguageModel("random:tiny"))
+        SoftLabelWriter(str(tmp_path)).setup(None, LanguageModel("random:tiny"), "predict")
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, text_file):
