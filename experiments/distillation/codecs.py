@@ -4,6 +4,7 @@ import statistics
 import struct
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -253,16 +254,16 @@ def _divergence(labels: Labels, other: Labels, floor: float) -> np.ndarray:
     return np.bincount(owner, p * np.log(p / q), minlength=tokens) + tail * np.log(tail / rest)
 
 
-class _Way:
+class _Way(ABC):
     """Writes a block's labels and reads them again."""
 
+    @abstractmethod
     def write(self, labels: Labels) -> bytes:
         """Return the bytes of a block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, data: bytes) -> Labels:
         """Return the labels of some bytes."""
-        raise NotImplementedError
 
     def beside(self) -> float:
         """Return bytes of what is kept once for all blocks."""
