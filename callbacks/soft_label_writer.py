@@ -15,9 +15,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ..datamodules.soft_labels import SoftLabelAppender, StoredSequence, StoreHeader
+from ..datamodules.soft_labels.appender import prepare_store
 from ..datamodules.soft_labels.format import CODECS, write_spelling
+from ..datamodules.soft_labels.ranked import RankedCodec
 from ..datamodules.soft_labels.steps import Values, ValueSteps
-from ..datamodules.soft_labels.store import prepare_store, sequence_layout
+from ..datamodules.soft_labels.store import sequence_layout
 from ..errors import InputError
 from ..modules.distillation import SoftLabelTeacher
 from ..modules.distillation.alignment import Spelling
@@ -83,7 +85,8 @@ class SoftLabelWriter(BasePredictionWriter):
         """Check that the teacher's labels can be written so, before it is loaded."""
         if not isinstance(pl_module, SoftLabelTeacher):
             raise InputError(f"SoftLabelWriter stores what SoftLabelTeacher predicts, not {type(pl_module).__name__}.")
-        ValueSteps(self.steps.values, self.steps.step, pl_module.selection.floor)
+        if self.codec == RankedCodec.name:
+            ValueSteps(self.steps.values, self.steps.step, pl_module.selection.floor)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store, and ask the teacher only for what it lacks."""

@@ -15,8 +15,8 @@ from ...files import digest, write_atomic
 from ...modules.distillation import SoftLabels
 from ...modules.distillation.alignment import AlignedText, Spelling, VocabularyAlignment
 from ...modules.pretrained import tokenizer_fingerprint
-from .codec import StoredSequence, StoreError
-from .store import SoftLabelStore, bfloat16
+from .codec import StoredSequence, StoreError, of_bfloat16
+from .store import SoftLabelStore
 
 Alignment = Literal["vocabulary", "positions"]
 
@@ -95,8 +95,8 @@ class AlignedExamples(Dataset):
     def _labels(self, sequence: StoredSequence, rows: np.ndarray, tokens: np.ndarray, log_p: np.ndarray) -> SoftLabels:
         counts = sequence.counts.astype(np.int64)
         owner, ids = np.repeat(np.arange(len(counts)), counts), sequence.ids.astype(np.int64)
-        values = bfloat16(sequence.probabilities).float().numpy()
-        tail = bfloat16(sequence.tail).float().numpy()
+        values = of_bfloat16(sequence.probabilities)
+        tail = of_bfloat16(sequence.tail)
         if self.ids is not None:
             owner, ids, values, tail = _renamed(owner, self.ids[ids], values, tail)
             counts = np.bincount(owner, minlength=len(counts))
@@ -132,7 +132,7 @@ def _chunks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return, for each token, the tokens of the chunk that begins there and the chunk's log-probability."""
     tokens, log_p = np.zeros(len(text.ids), dtype=np.int64), np.zeros(len(text.ids))
-    realised = np.cumsum(np.append(0, bfloat16(sequence.realised).double().numpy()))
+    realised = np.cumsum(np.append(0, of_bfloat16(sequence.realised).astype(np.float64)))
     ours, theirs = np.diff(text.student), np.diff(text.teacher)
     rows = supervised[begin + text.teacher - 1]
     whole = known[:-1] & (np.diff(rows) == theirs) & ((ours > 1) | (theirs > 1)) & (ours > 0) & (theirs > 0)

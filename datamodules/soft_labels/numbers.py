@@ -6,7 +6,7 @@ import numpy as np
 
 from .codec import StoreError
 
-SYMBOLS = 80  # of numbers below 2^20; larger ones do not come with fewer than 2^32 labels
+SYMBOLS = 80  # of numbers up to 2.6 million: a store has 2^21 ids at most
 
 
 def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

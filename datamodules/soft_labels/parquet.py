@@ -17,9 +17,10 @@ from ...files import atomic_file
 from ...modules.distillation import LabelSettings
 from ...modules.distillation.alignment import Spelling
 from ...modules.pretrained import SourceError, tokenizer_fingerprint
-from .codec import StoredSequence, bfloat16_bits
+from .appender import SoftLabelAppender
+from .codec import StoredSequence, bfloat16_bits, of_bfloat16
 from .format import StoreHeader, write_spelling
-from .store import SoftLabelAppender, SoftLabelStore, bfloat16
+from .store import SoftLabelStore
 
 _ROWS = 64  # sequences that are in memory at the same time
 _METADATA = b"fulgurite"
@@ -76,7 +77,7 @@ def _row(sequence: StoredSequence) -> dict[str, Any]:
     length = len(sequence.supervised)
     ends = np.cumsum(sequence.counts)[:-1]
     with np.errstate(divide="ignore"):
-        log_p = np.log(bfloat16(sequence.probabilities).float().numpy())
+        log_p = np.log(of_bfloat16(sequence.probabilities))
 
     def spread(values: Any, nothing: Any) -> list[Any]:
         found = [nothing] * length
@@ -89,8 +90,8 @@ def _row(sequence: StoredSequence) -> dict[str, Any]:
         "starts": sequence.starts.tolist(),
         "top_ids": spread((part.tolist() for part in np.split(sequence.ids, ends)), []),
         "top_log_probabilities": spread((part.tolist() for part in np.split(log_p, ends)), []),
-        "tail": spread(bfloat16(sequence.tail).float().tolist(), None),
-        "log_probabilities": spread(bfloat16(sequence.realised).float().tolist(), None),
+        "tail": spread(of_bfloat16(sequence.tail).tolist(), None),
+        "log_probabilities": spread(of_bfloat16(sequence.realised).tolist(), None),
     }
 
 
@@ -162,9 +163,14 @@ def import_parquet(
     try:
         with suppress(SourceError):  # a tokenizer whose tokens spell nothing teaches students of its own kind alone
             write_spelling(folder, Spelling.of(tokenizer))
+        some: list[tuple[bytes, StoredSequence]] = []
         for number, row in enumerate(_rows(file, *columns)):
             sequence = _sequence(row, vocabulary, f"{path}, row {number}")
-            appender.append([(header.key(sequence.tokens, sequence.starts, sequence.supervised), sequence)])
+            some.append((header.key(sequence.tokens, sequence.starts, sequence.supervised), sequence))
+            if len(some) == _ROWS:
+                appender.append(some)
+                some = []
+        appender.append(some)
     finally:
         appender.close()
     return int(file.metadata.num_rows)

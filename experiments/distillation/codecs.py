@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 from ...datamodules import TextDataModule
 from ...datamodules.soft_labels import SoftLabelStore, StoredSequence, StoreHeader
 from ...datamodules.soft_labels.aligned import AlignedExamples, Alignment, stored_alignment
-from ...datamodules.soft_labels.codec import PlainCodec, bfloat16_bits
+from ...datamodules.soft_labels.codec import PlainCodec, bfloat16_bits, of_bfloat16
 from ...datamodules.soft_labels.format import pack_block, unpack_block
 from ...datamodules.soft_labels.learner import TableLearner
 from ...datamodules.soft_labels.ranked import RankedCodec
-from ...datamodules.soft_labels.store import bfloat16
 from ...errors import InputError
 from ...files import atomic_file, cache_folder, digest
 from ...modules import SoftLabelTeacher
@@ -229,8 +228,8 @@ def coverage(*, seed: int, store: str, student: str, alignment: Alignment) -> di
         mass = np.zeros(3)
         for key in opened.keys:
             sequence = opened.read(key)
-            mass += np.bincount(kinds[sequence.ids], bfloat16(sequence.probabilities).double().numpy(), minlength=3)
-            mass[2] += float(bfloat16(sequence.tail).double().sum())
+            mass += np.bincount(kinds[sequence.ids], of_bfloat16(sequence.probabilities), minlength=3)
+            mass[2] += float(of_bfloat16(sequence.tail).sum(dtype=np.float64))
         found |= dict(zip(("exact_mass", "piece_mass", "tail_mass"), (mass / mass.sum()).tolist()))
     return found
 
@@ -393,5 +392,5 @@ def _sequence(labels: Labels) -> StoredSequence:
 
 
 def _labels(sequence: StoredSequence) -> Labels:
-    p, tail, realised = (bfloat16(part).float().numpy() for part in (sequence.probabilities, sequence.tail, sequence.realised))
+    p, tail, realised = (of_bfloat16(part) for part in (sequence.probabilities, sequence.tail, sequence.realised))
     return Labels(sequence.counts.astype(np.int64), sequence.ids.astype(np.int64), p, tail, realised)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fulgurite.datamodules.soft_labels import SoftLabelAppender, SoftLabelStore, StoredSequence, StoreError, StoreHeader
 from fulgurite.datamodules.soft_labels.aligned import AlignedExamples, stored_alignment
+from fulgurite.datamodules.soft_labels.codec import of_bfloat16
 from fulgurite.datamodules.soft_labels.format import read_spelling, write_spelling
-from fulgurite.datamodules.soft_labels.store import bfloat16
 from fulgurite.errors import InputError
 from fulgurite.modules.distillation import LabelSettings
 from fulgurite.modules.distillation.alignment import Spelling
@@ -76,14 +76,14 @@ def is_cut(text):
 def by_literal_loop(sequence, teacher, student, ids, mapping):
     """What each of the student's tokens with the same bytes before it is taught: {id: probability}, tail, row of the teacher."""
     taught, row, before = {}, 0, b""
-    values = bfloat16(sequence.probabilities).float().tolist()
+    values = of_bfloat16(sequence.probabilities).tolist()
     starts = np.cumsum(sequence.counts) - sequence.counts
     for number, token in enumerate(sequence.tokens):
         before += SPELLED[teacher].tokens[token] or b""
         if not sequence.supervised[number]:
             continue
         kept = range(int(starts[row]), int(starts[row] + sequence.counts[row]))
-        labels, tail = {}, float(bfloat16(sequence.tail)[row])
+        labels, tail = {}, float(of_bfloat16(sequence.tail)[row])
         for place in kept:
             own = int(mapping[sequence.ids[place]])
             if own < 0:
@@ -127,7 +127,7 @@ def test_labels_are_those_of_the_same_bytes(tmp_path_factory, teacher, student, 
         assert float(labels.tail[row]) == pytest.approx(tail, rel=2**-8)
     # Chunks lie between neighbours of what is known, and their likelihood is that of all tokens of the teacher between.
     places = sorted(expected)
-    realised = bfloat16(sequence.realised).double()
+    realised = of_bfloat16(sequence.realised).astype(np.float64)
     spans = {place: (after - place, expected[place][2], expected[after][2]) for place, after in zip(places, places[1:])}
     for place, count in enumerate(labels.chunk_tokens.tolist()):
         if place not in spans:

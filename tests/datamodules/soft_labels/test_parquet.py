@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fulgurite.datamodules.soft_labels import SoftLabelStore, StoreError
+from fulgurite.datamodules.soft_labels.codec import of_bfloat16
 from fulgurite.datamodules.soft_labels.parquet import export_parquet, import_parquet
-from fulgurite.datamodules.soft_labels.store import bfloat16
 from fulgurite.errors import InputError
 from tests.datamodules.soft_labels.test_aligned import SPELLED, store_of
 from tests.datamodules.soft_labels.test_golden import GOLDEN
@@ -37,8 +37,8 @@ def test_what_goes_out_comes_in_again(tmp_path):
     np.testing.assert_array_equal(found.starts, sequence.starts)
     np.testing.assert_array_equal(found.supervised.nonzero()[0], sequence.supervised.nonzero()[0][with_labels])
     np.testing.assert_array_equal(found.counts, sequence.counts[with_labels])
-    realised = bfloat16(sequence.realised)[with_labels].float()
-    np.testing.assert_allclose(bfloat16(found.realised).float(), realised, atol=1 / 30, rtol=0.01)
+    realised = of_bfloat16(sequence.realised)[with_labels]
+    np.testing.assert_allclose(of_bfloat16(found.realised), realised, atol=1 / 30, rtol=0.01)
     ends = np.cumsum(found.counts)[:-1].astype(int)
     for ours, theirs in zip(np.split(found.ids, ends), np.split(sequence.ids, ends)):
         assert set(ours) == set(theirs)

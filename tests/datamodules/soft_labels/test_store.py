@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fulgurite.datamodules.soft_labels import SoftLabelAppender, SoftLabelStore, StoredSequence, StoreError, StoreHeader
-from fulgurite.datamodules.soft_labels import store as module
+from fulgurite.datamodules.soft_labels import appender as module
 from fulgurite.modules.distillation import LabelSettings
 
 VOCABULARY = 50
