@@ -51,7 +51,7 @@ class StoredSequence:
         starts: Positions at which a document's piece begins, rising from 0, uint32.
         supervised: Whether a token has a successor to predict [length], bool; N of them are True.
         counts: Labels kept for each supervised token [N], uint32.
-        ids: Kept token ids, token after token [sum of counts], uint32.
+        ids: Kept token ids, token after token [sum of counts], uint32; of equal probabilities the order means nothing.
         probabilities: Their probabilities, bfloat16 as uint16 [sum of counts].
         tail: Probability of what was not kept, bfloat16 as uint16 [N].
         realised: Log-probability of the text's own next token in nats, bfloat16 as uint16 [N].

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,17 @@ def fulgurite(folder, *words):
     return done.stderr
 
 
+def assert_same_labels(one, two):
+    """Of equal probabilities, a codec's tables choose the order, and each rank learns its own tables."""
+    assert (one.counts == two.counts).all()
+    token = np.repeat(np.arange(len(one.counts)), one.counts)
+    first, second = (np.lexsort((labels.ids, -labels.probabilities.astype(np.int64), token)) for labels in (one, two))
+    for name, order_one, order_two in (("ids", first, second), ("probabilities", first, second)):
+        assert (getattr(one, name)[order_one] == getattr(two, name)[order_two]).all(), name
+    for name in ("tail", "realised"):
+        assert (getattr(one, name) == getattr(two, name)).all(), name
+
+
 @pytest.mark.slow
 def test_two_ranks_capture_train_and_resume(tmp_path, text_file):
     capture = ["predict", "-c", "distillation/capture", "--model.source=random:tiny", f"--data.train={text_file}"]
@@ -34,7 +46,7 @@ def test_two_ranks_capture_train_and_resume(tmp_path, text_file):
     assert len(list((tmp_path / "two").glob("journal-*.jsonl"))) == 2
     assert sorted(one.keys) == sorted(two.keys)
     for key in one.keys:
-        assert (one.read(key).ids == two.read(key).ids).all()
+        assert_same_labels(one.read(key), two.read(key))
 
     fit = ["fit", "-c", "distillation/student", "--model.source=random:tiny", "--model.student.keep_layers.count=2"]
     fit += ["--data.store=one", "--data.batch_size=1", *TWO, "--trainer.max_epochs=2", "--model.lr_scheduler.total_steps=200"]
