@@ -6,6 +6,7 @@ from .loss_rate import LossRateWindow
 from .soft_label_writer import SoftLabelWriter
 from .text_writer import TextWriter
 from .token_rate import TokenRate
+from .train_until import TrainUntilCondition
 
 __all__ = [
     "Adaptive",
@@ -18,4 +19,5 @@ __all__ = [
     "SoftLabelWriter",
     "TextWriter",
     "TokenRate",
+    "TrainUntilCondition",
 ]

@@ -76,6 +76,37 @@ class LossWindow:
         return performance(list(self.losses), self.form) if len(self.losses) > self.window else None
 
 
+class StepLosses:
+    """Makes of the batches' losses one of each optimizer step: the mean over its accumulated batches and over all ranks."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+        self._step = 0
+
+    def start(self, trainer: Trainer) -> None:
+        """Start counting at the run's step."""
+        self._step = trainer.global_step
+
+    def add(self, trainer: Trainer, outputs: Any) -> float | None:
+        """Add a batch; return the step's loss when it was the last of an optimizer step.
+
+        Args:
+            trainer: Behind the batch.
+            outputs: What ``on_train_batch_end`` is given.
+        """
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if loss is None:
+            return None
+        # Lightning divides a batch's loss by the number of accumulated batches.
+        self._batches.append(loss.detach().float() * trainer.accumulate_grad_batches)
+        if trainer.global_step == self._step:
+            return None
+        self._step = trainer.global_step
+        mean = trainer.strategy.reduce(torch.stack(self._batches).mean(), reduce_op="mean")
+        self._batches.clear()
+        return float(mean)
+
+
 class LossRateWindow(Callback):
     """Logs ``loss_rate``, how fast the loss falls over the last optimizer steps; says nothing before its window is full.
 
@@ -96,8 +127,7 @@ class LossRateWindow(Callback):
 
     def __init__(self, window: int = 50, *, form: PerformanceForm = "deviation", smoothing: float = 1.0) -> None:
         self.losses = LossWindow(window, form, smoothing)
-        self._batches: list[Tensor] = []
-        self._step = 0
+        self._steps = StepLosses()
 
     @property
     def performance(self) -> float | None:
@@ -106,21 +136,14 @@ class LossRateWindow(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting at the run's step."""
-        self._step = trainer.global_step
+        self._steps.start(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a batch; after an optimizer step, add the step and log."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = self._steps.add(trainer, outputs)
         if loss is None:
             return
-        # Lightning divides a batch's loss by the number of accumulated batches.
-        self._batches.append(loss.detach().float() * trainer.accumulate_grad_batches)
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        mean = trainer.strategy.reduce(torch.stack(self._batches).mean(), reduce_op="mean")
-        self._batches.clear()
-        self.losses.push(float(mean))
+        self.losses.push(loss)
         rate = self.performance
         if rate is not None:
             pl_module.log("loss_rate", rate)

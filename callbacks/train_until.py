@@ -1,0 +1,99 @@
+"""Ends a stage of training when the loss says so."""
+
+import logging
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..errors import InputError
+from .loss_rate import StepLosses
+
+log = logging.getLogger(__name__)
+
+
+class TrainUntilCondition(Callback):
+    """Trains until the loss is below a bound, no longer falls, or a number of steps is spent: whichever comes first.
+
+    A module with stages (it has ``begin_next_stage``) then begins its next one; the last is ended by the Trainer's own limits. Of
+    any other module the training ends.
+
+    Args:
+        below: The loss, as a mean over the last ``window`` steps, in nats.
+        flat: Share of the loss by which the mean over the last ``window`` steps has to lie below that of the ``window`` before;
+            where it lies no more than that below, the loss no longer falls.
+        window: Optimizer steps of a mean.
+        max_steps: Optimizer steps of a stage.
+
+    Raises:
+        InputError: If a value is out of range, or there is no condition at all.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[TrainUntilCondition(flat=0.005, window=20, max_steps=500)])
+    """
+
+    def __init__(
+        self, *, below: float | None = None, flat: float | None = None, window: int = 20, max_steps: int | None = None
+    ) -> None:
+        if below is None and flat is None and max_steps is None:
+            raise InputError("TrainUntilCondition has no condition: give below, flat or max_steps.")
+        if flat is not None and not 0 <= flat < 1:
+            raise InputError(f"flat={flat} is no share of a loss. Legal: 0 up to 1.")
+        if window < 1:
+            raise InputError(f"window={window} holds no step. Legal: 1 or more.")
+        if max_steps is not None and max_steps < 1:
+            raise InputError(f"max_steps={max_steps} trains nothing. Legal: 1 or more.")
+        self.below, self.flat, self.window, self.max_steps = below, flat, window, max_steps
+        self._steps = StepLosses()
+        self._losses: deque[float] = deque(maxlen=2 * window)
+        self._count = 0
+
+    def reason(self) -> str | None:
+        """Return which condition holds for the steps seen so far in this stage, in words; None if none does."""
+        losses = list(self._losses)
+        recent = losses[-self.window :]
+        if self.below is not None and len(recent) == self.window and statistics.fmean(recent) < self.below:
+            return f"the loss's mean over {self.window} steps is below {self.below}"
+        if self.flat is not None and len(losses) == 2 * self.window:
+            before, now = statistics.fmean(losses[: self.window]), statistics.fmean(recent)
+            if before - now <= self.flat * abs(before):
+                return f"the loss fell by no more than {100 * self.flat:g} % over {self.window} steps"
+        if self.max_steps is not None and self._count >= self.max_steps:
+            return f"its {self.max_steps} steps are spent"
+        return None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting at the run's step."""
+        self._steps.start(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count a step, and end the stage where a condition holds."""
+        loss = self._steps.add(trainer, outputs)
+        if loss is None or getattr(pl_module, "in_last_stage", False):
+            return
+        self._count += 1
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        reason = self.reason()
+        if reason is None:
+            return
+        log.info("Step %d: %s", trainer.global_step, reason)
+        self._losses.clear()
+        self._count = 0
+        begin_next_stage = getattr(pl_module, "begin_next_stage", None)
+        if begin_next_stage is None:
+            trainer.should_stop = True
+        else:
+            begin_next_stage()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the stage's steps."""
+        return {"losses": list(self._losses), "count": self._count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the stage of a checkpoint."""
+        self._losses.extend(state_dict["losses"])
+        self._count = state_dict["count"]
