@@ -122,6 +122,7 @@ class LanguageModel(LightningModule):
         self.generation = generation or GenerationSettings()
         self.generation.kwargs()
         self.model: PreTrainedModel | None = None
+        self._first_step = 0  # of the optimizer at work
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._byte_lengths: Tensor | None = None
         # Of validation or test.
@@ -138,17 +139,20 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         """Load the weights, and make the student of them."""
-        if self.model is not None:
-            return
+        if self.model is None and (model := self._build()) is not None:
+            self._adopt(model)
+
+    def _build(self) -> PreTrainedModel | None:
+        """Return the model to train, or None where it cannot be made yet."""
         if self._trainer is None and self.student is not None and self.student.needs_calibration:
             # load_from_checkpoint asks too early, and brings the student's config itself.
             log.info("The student is made when a Trainer brings data to choose its layers by, or a checkpoint is loaded.")
-            return
+            return None
         model = load_model(self.source.name, self.weights, attn_implementation=self.attn_implementation)
-        if self.student is not None:
-            calibration = self._calibration() if self.student.needs_calibration else None
-            model = build_student(model, self.student, calibration)
-        self._adopt(model)
+        if self.student is None:
+            return model
+        calibration = self._calibration(self.student.calibration_tokens) if self.student.needs_calibration else None
+        return build_student(model, self.student, calibration)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         head_weight(model)
@@ -159,11 +163,12 @@ class LanguageModel(LightningModule):
         if self.compile_transformer:
             model.base_model.compile()
 
-    def _calibration(self) -> Batch | None:
+    def _calibration(self, tokens: int) -> Batch | None:
+        """Return a batch of the first training sequences with at least so many tokens, where the data has one."""
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if datamodule is None or not hasattr(datamodule, "calibration_batch"):
             return None
-        return datamodule.calibration_batch(self.student.calibration_tokens if self.student else 0)
+        return datamodule.calibration_batch(tokens)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [batch, length, hidden size] of a packed or right-padded batch.
@@ -268,7 +273,7 @@ class LanguageModel(LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches) - self._first_step)
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             settings |= {"interval": "epoch", "monitor": scheduler.monitor}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..student import decoder_layers
 from .layout import READS_RESIDUAL, WRITES_RESIDUAL, embedding_scale, fold_gains, gain, is_norm, linear_of, set_gain
-from .operators import Operator, Selection, matrix_of
+from .operators import Dense, Operator, Selection, matrix_of
 from .shape import FusionShape
 
 _WRITTEN_BY = {
@@ -136,6 +136,26 @@ class FusedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """Return the small bias [out], where the architecture has one."""
         return None if self._parts[0].linear.bias is None else self._sum([part.bias() for part in self._parts])
+
+    @torch.no_grad()
+    def start_at(self, weight: Tensor, *, frozen_too: bool) -> None:
+        """Make this module's weight another, where that is possible: its operator on what is read is changed, if it is dense.
+
+        Args:
+            weight: The one that it shall be [out, in].
+            frozen_too: Whether a frozen weight that has no operators may be changed itself.
+        """
+        mix = self._mix[0]
+        part = self._parts[0 if mix is None else int(mix.weight.argmax())]
+        missing = (weight - self.weight()).double()
+        if isinstance(part.into, Dense):
+            wide = part.linear.weight.double()
+            rows = wide if part.out is None else part.out.reduce(wide.T).T
+            # The smallest change of the operator whose product with the rows is what is missing.
+            change = rows.T @ torch.linalg.solve(rows @ rows.T, missing)
+            part.into.weight.add_(change.T)
+        elif frozen_too and part.into is None and part.out is None:
+            part.linear.weight.add_(missing)
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Return the projection [..., out] of a tensor [..., in]."""

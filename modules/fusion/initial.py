@@ -54,7 +54,7 @@ def initial_operators(
     model: PreTrainedModel,
     shape: FusionShape,
     selections: list[WidthSelection],
-    statistics: Statistics,
+    statistics: Statistics | None,
     held_out: Statistics | None,
     forms: OperatorForms,
 ) -> FusionOperators:
@@ -64,7 +64,7 @@ def initial_operators(
         model: The large model.
         shape: Of the small model, all sizes filled in.
         selections: What is kept of each layer.
-        statistics: Of calibration text.
+        statistics: Of calibration text; None leaves all folds out.
         held_out: Of other text, which chooses the folds' ridge.
         forms: How much of each is learnt.
     """
@@ -80,11 +80,11 @@ def initial_operators(
         own: dict[str, nn.Module] = {}
         if cut_neurons:
             read = _reading(layer, DOWN, kept.neurons, "activations", place, statistics, held_out, forms)
-            own["neurons"], own["activations"] = _pair(kept.neurons, read, forms.neurons, forms.block_size)
+            own["neurons"], own["activations"] = _pair(kept.neurons, read, forms.neurons, forms)
         if cut_heads:
             heads, groups = _dimensions(kept.heads, size), _dimensions(kept.groups, size)
             read = _reading(layer, OUTPUT, heads, "attended", place, statistics, held_out, forms)
-            _, own["attended"] = _pair(heads, read, forms.heads, forms.block_size)
+            _, own["attended"] = _pair(heads, read, forms.heads, forms)
             if forms.heads == "frozen":
                 own["query"], own["key"] = Selection(heads, read.shape[1]), Selection(groups, config.num_key_value_heads * size)
                 own["value"] = Selection(groups, config.num_key_value_heads * size)
@@ -94,6 +94,19 @@ def initial_operators(
                 own["value"] = Dense(_one_hot(groups, config.num_key_value_heads * size))
         layers.append(own)
     return FusionOperators(layers, residual=_residual(model, shape, statistics, forms))
+
+
+def empty_operators(model: PreTrainedModel, shape: FusionShape, forms: OperatorForms) -> FusionOperators:
+    """Return operators of the same sizes and kinds as ``initial_operators``, whose numbers are to be loaded.
+
+    Args:
+        model: The large model.
+        shape: Of the small model, all sizes filled in.
+        forms: How much of each is learnt.
+    """
+    sizes = (shape.intermediate_size, shape.num_attention_heads, shape.num_key_value_heads)
+    first = WidthSelection(*(torch.arange(size or 0) for size in sizes))
+    return initial_operators(model, shape, [first] * len(decoder_layers(model)), None, None, forms)
 
 
 def _dimensions(heads: Tensor, size: int) -> Tensor:
@@ -110,26 +123,25 @@ def _reading(
     kept: Tensor,
     what: str,
     place: int,
-    statistics: Statistics,
+    statistics: Statistics | None,
     held_out: Statistics | None,
     forms: OperatorForms,
 ) -> Tensor:
     weight = linear_of(layer, name).weight.detach()
-    if not forms.fold:
+    if statistics is None or not forms.fold:
         return _one_hot(kept, weight.shape[1])
     other = None if held_out is None else getattr(held_out, what)[place]
     return fold(kept, weight, getattr(statistics, what)[place], other)
 
 
-def _pair(kept: Tensor, read: Tensor, form: Form, block_size: int) -> tuple[nn.Module, nn.Module]:
+def _pair(kept: Tensor, read: Tensor, form: Form, forms: OperatorForms) -> tuple[nn.Module, nn.Module]:
     """Return the operators on what writes a width and on what reads it."""
     large = read.shape[1]
     if form == "dense":
         return Dense(_one_hot(kept, large)), Dense(read)
     if form == "frozen":
-        plain = torch.equal(read, _one_hot(kept, large))
-        return Selection(kept, large), Selection(kept, large) if plain else Dense(read).requires_grad_(False)
-    blocks = _blocks(len(kept), large, block_size)
+        return Selection(kept, large), Dense(read).requires_grad_(False) if forms.fold else Selection(kept, large)
+    blocks = _blocks(len(kept), large, forms.block_size)
     small_order, large_order = _block_orders(kept, read, blocks)
     return tuple(BlockLocal(matrix, small_order, large_order, blocks) for matrix in (_one_hot(kept, large), read))  # type: ignore[return-value]
 
@@ -160,13 +172,15 @@ def _block_orders(kept: Tensor, read: Tensor, blocks: int) -> tuple[Tensor, Tens
     return torch.arange(small), torch.tensor(members).flatten()
 
 
-def _residual(model: PreTrainedModel, shape: FusionShape, statistics: Statistics, forms: OperatorForms) -> nn.Module | None:
+def _residual(
+    model: PreTrainedModel, shape: FusionShape, statistics: Statistics | None, forms: OperatorForms
+) -> nn.Module | None:
     """Return the operator on the residual stream: its principal directions, or the dimensions with the most energy."""
     width, small = int(model.config.hidden_size), shape.hidden_size
     assert small is not None
     if small == width:
         return Dense(torch.eye(width)) if forms.residual == "dense" else None
-    moments = statistics.residual.sum.double()
+    moments = torch.eye(width, dtype=torch.float64) if statistics is None else statistics.residual.sum.double()
     if forms.residual == "frozen":
         return Selection(moments.diagonal().argsort(descending=True, stable=True)[:small].sort().values, width)
     _, directions = torch.linalg.eigh(moments)

@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from ..student import decoder_layers
 from .layout import DOWN, linear_of
+from .operators import Operator
+from .statistics import Rows
 
-Reduce = Callable[[Tensor], Tensor]
+HELD_OUT = 0.125  # share of the rows, at least one, on which a ridge is chosen
 _RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean square of an input; they pull towards the weight as it is
 
 
@@ -26,10 +28,9 @@ def refit(
     small: PreTrainedModel,
     large: PreTrainedModel,
     centres: list[int],
-    rows: list[dict[str, Tensor]],
+    rows: Rows,
     *,
-    reduce: Reduce | None = None,
-    held_out: float = 0.125,
+    residual: Operator | None = None,
 ) -> list[float]:
     """Fit the down projections of a small model, in place.
 
@@ -38,8 +39,7 @@ def refit(
         large: The model that it stands for.
         centres: For each small layer the large one that it comes from, rising.
         rows: Calibration text, of ``rows_of``.
-        reduce: How the large residual stream is seen from the small one; None as it is.
-        held_out: Share of the rows, at least one, on which each layer's ridge is chosen.
+        residual: How the large residual stream is seen from the small one; None as it is.
 
     Returns:
         For each small layer the share of the target's sum of squares that is still missing on the held-out rows. Empty where a
@@ -48,23 +48,23 @@ def refit(
     layers, sources = decoder_layers(small), decoder_layers(large)
     if hasattr(layers[0], "post_feedforward_layernorm"):
         return []
-    tested = max(1, round(held_out * len(rows)))
+    tested = max(1, round(HELD_OUT * len(rows)))
     embedded, arguments = _begin(large, rows)
     far = embedded
-    near = [row if reduce is None else reduce(row) for row in embedded]
+    near = [row if residual is None else residual.reduce(row) for row in embedded]
     missing: list[float] = []
     for place, layer in enumerate(track(list(layers), description="Refit")):
         stop = centres[place + 1] if place + 1 < len(centres) else len(sources)
         start = centres[place] if place else 0
         for source in range(start, stop):
             far = [_through(sources[source], states, own[source]) for states, own in zip(far, arguments)]
-        targets = far if reduce is None else [reduce(states) for states in far]
+        targets = far if residual is None else [residual.reduce(states) for states in far]
         near, error = _fit(layer, near, targets, [own[centres[place]] for own in arguments], tested)
         missing.append(error)
     return missing
 
 
-def _begin(model: PreTrainedModel, rows: list[dict[str, Tensor]]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+def _begin(model: PreTrainedModel, rows: Rows) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Return what enters the first layer, and with which arguments each layer is called, row by row, without running a layer."""
     layers = decoder_layers(model)
     embedded: list[Tensor] = []

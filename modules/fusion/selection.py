@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..student import decoder_layers
 from .layout import DOWN, OUTPUT, linear_of
 from .shape import FusionShape, head_dim
-from .statistics import Moments, Statistics, taylor_scores
+from .statistics import Moments, Rows, Statistics, taylor_scores
 
 Score = Literal["energy", "taylor"]
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -50,7 +50,7 @@ def width_scores(model: PreTrainedModel, statistics: Statistics) -> tuple[list[T
 
 
 def select_widths(
-    model: PreTrainedModel, shape: FusionShape, statistics: Statistics, rows: list[dict[str, Tensor]], score: Score = "energy"
+    model: PreTrainedModel, shape: FusionShape, statistics: Statistics, rows: Rows, score: Score = "energy"
 ) -> list[WidthSelection]:
     """Choose which neurons and heads of each layer are kept: those that score most.
 

@@ -50,6 +50,7 @@ class Statistics:
     residual: Moments
 
 
+Rows = list[dict[str, Tensor]]
 Uses = list[tuple[nn.Module, Callable[[Tensor], None]]]
 
 
@@ -68,7 +69,7 @@ def _watched(uses: Uses) -> Iterator[None]:
             handle.remove()
 
 
-def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def rows_of(batch: dict[str, Tensor]) -> Rows:
     """Return a batch's rows as batches of one, without their padding.
 
     Args:
@@ -80,7 +81,7 @@ def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def second_moments(model: PreTrainedModel, rows: list[dict[str, Tensor]]) -> Statistics:
+def second_moments(model: PreTrainedModel, rows: Rows) -> Statistics:
     """Read calibration text once.
 
     Args:
@@ -109,7 +110,7 @@ def second_moments(model: PreTrainedModel, rows: list[dict[str, Tensor]]) -> Sta
     return found
 
 
-def taylor_scores(model: PreTrainedModel, rows: list[dict[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def taylor_scores(model: PreTrainedModel, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
     """Return to first order what it costs to drop what the down and output projections read (Molchanov et al., 1906.10771).
 
     Args:

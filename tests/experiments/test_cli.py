@@ -32,6 +32,7 @@ def inputs(tmp_path, text_file, documents_file):
         "distillation/capture": [*text, "--trainer.callbacks.store=others"],
         "distillation/student": [*student, "--data.store=labels"],
         "distillation/online": [*student, *text, "--model.teacher=random:tiny"],
+        "fusion/compress": [*text, '--model.shape={"num_hidden_layers": 3}'],
         "gradient_pruning/train": [*text, "--trainer.max_epochs=1"],
         "language_model/finetune": text,
         "language_model/instruct": [f"--data.train={rows}"],

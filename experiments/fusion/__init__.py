@@ -1,0 +1,1 @@
+"""Fusion compression: its configs."""

@@ -1,0 +1,211 @@
+"""Where a small model begins: the best selection of a large one, or operators that start there and are learnt."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from ...errors import InputError
+from ..student import block_influence, decoder_layers
+from .fused import FusedLinear, FusionOperators, fuse, materialise
+from .initial import OperatorForms, empty_operators, initial_operators
+from .layout import DOWN, linear_of
+from .refit import HELD_OUT, refit
+from .selection import Score, select_widths
+from .shape import SIZES, FusionShape
+from .statistics import Rows, second_moments
+
+log = logging.getLogger(__name__)
+Stage = Literal["width", "depth", "joint"]
+
+
+@dataclass
+class Fused:
+    """A small model at the begin of a stage.
+
+    Args:
+        model: The model that operators make, or a plain one where nothing is learnt.
+        centres: The layer of the model before that each of its layers starts as.
+    """
+
+    model: PreTrainedModel
+    centres: list[int]
+
+
+class BestSelection:
+    """The neurons, heads and layers that matter most, folded and refitted; nothing is learnt but by training what comes out.
+
+    Args:
+        score: What makes neurons and heads matter; see ``select_widths``.
+        fold: Whether what is kept of a width makes up for the rest by least squares.
+        refit: Whether each layer's down projection is fitted to the large model's residual stream, layer by layer; see ``refit``.
+        calibration_tokens: Tokens of the training data that all this is measured on.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    def __init__(
+        self, *, score: Score = "energy", fold: bool = True, refit: bool = True, calibration_tokens: int = 32768
+    ) -> None:
+        if score not in ("energy", "taylor"):
+            raise InputError(f"score={score!r} is unknown. Legal: energy, taylor.")
+        if calibration_tokens < 1:
+            raise InputError(f"calibration_tokens={calibration_tokens} measures nothing. Legal: 1 or more.")
+        self.score: Score = score
+        self.forms = OperatorForms("frozen", "frozen", "frozen", fold=fold)
+        self.refit, self.calibration_tokens = refit, calibration_tokens
+        self.field = 0
+
+    def stages(self, config: Any, shape: FusionShape) -> list[Stage]:
+        """Return the stages in which operators are learnt, in order.
+
+        Args:
+            config: Of the large model.
+            shape: Of the small one, all sizes filled in.
+        """
+        return []
+
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+        """Return the small model of a start without stages.
+
+        Args:
+            large: The large model; it may be changed.
+            shape: Of the small one, all sizes filled in.
+            rows: Calibration text, of ``rows_of``.
+        """
+        fused = self._fused("joint", large, shape, rows)
+        plain = materialise(fused.model)
+        self._fit(plain, large, fused, rows)
+        return plain
+
+    def begin(self, stage: Stage, model: PreTrainedModel, shape: FusionShape, rows: Rows) -> Fused:
+        """Return the model whose operators are learnt in a stage.
+
+        Args:
+            stage: ``width`` fuses widths and keeps all layers, ``depth`` fuses layers, ``joint`` both at once.
+            model: The plain model that the stage before made, the large one in the first; it becomes a part of the result.
+            shape: Of the small one, all sizes filled in.
+            rows: Calibration text, of ``rows_of``.
+        """
+        fused = self._fused(stage, model, shape, rows)
+        plain = materialise(fused.model)
+        if self._fit(plain, model, fused, rows):
+            for layer, fitted in zip(decoder_layers(fused.model), decoder_layers(plain)):
+                down = layer.get_submodule(DOWN)
+                assert isinstance(down, FusedLinear)
+                down.start_at(linear_of(fitted, DOWN).weight, frozen_too=stage == "depth")
+        return fused
+
+    def _fused(self, stage: Stage, model: PreTrainedModel, shape: FusionShape, rows: Rows) -> Fused:
+        layers = int(model.config.num_hidden_layers)
+        target = self.shape_of(stage, model, shape)
+        count = target.num_hidden_layers or layers
+        centres = list(range(layers)) if count == layers else important_layers(model, count, rows)
+        operators = self._absent(layers) if stage == "depth" else self._operators(model, target, rows)
+        fused = fuse(model, target, operators, centres=centres, field=0 if stage == "width" else self.field)
+        return Fused(fused, centres)
+
+    @staticmethod
+    def shape_of(stage: Stage, model: PreTrainedModel, shape: FusionShape) -> FusionShape:
+        """Return the shape of a stage's model, which is made of a given one."""
+        return replace(shape, num_hidden_layers=model.config.num_hidden_layers) if stage == "width" else shape
+
+    @staticmethod
+    def _absent(layers: int) -> FusionOperators:
+        return FusionOperators([{} for _ in range(layers)])
+
+    def _operators(self, model: PreTrainedModel, shape: FusionShape, rows: Rows) -> FusionOperators:
+        tested = max(1, round(HELD_OUT * len(rows)))
+        seen, other = second_moments(model, rows[tested:] or rows), second_moments(model, rows[:tested])
+        return initial_operators(model, shape, select_widths(model, shape, seen, rows, self.score), seen, other, self.forms)
+
+    def _fit(self, plain: PreTrainedModel, model: PreTrainedModel, fused: Fused, rows: Rows) -> bool:
+        """Refit a plain model to the one that it was made of, if wanted; return whether it was."""
+        residual = fused.model.operators.residual  # type: ignore[union-attr]
+        missing = refit(plain, model, fused.centres, rows, residual=residual) if self.refit else []  # type: ignore[arg-type]
+        if missing:
+            log.info("Refit: %.2f %% of the residual stream's energy is missing behind the last layer", 100 * missing[-1])
+        return bool(missing)
+
+
+class LearnedFusion(BestSelection):
+    """Operators over widths and layers that start at the best selection and are learnt.
+
+    Follows LEMON (ACL 2024, long 434): width first, then depth. It differs in its start, which is a selection with least-squares
+    folds and a refit, in one residual operator for the whole model, which keeps embeddings tied and shortcuts free, and in
+    operators on queries and keys that commute with rotary embeddings.
+
+    Args:
+        score: What makes neurons and heads matter at the start; see ``select_widths``.
+        fold: Whether what is kept of a width starts by making up for the rest by least squares.
+        refit: Whether down projections start fitted to the large model's residual stream; see ``refit``.
+        calibration_tokens: Tokens of the training data that the start is measured on.
+        operators: How much of each operator is learnt.
+        order: ``width_depth`` learns widths, and then depth on what came out; ``joint`` both at once.
+        field: Receptive field in depth: a layer is mixed from layers up to this far from the one that it starts as.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        score: Score = "energy",
+        fold: bool = True,
+        refit: bool = True,
+        calibration_tokens: int = 32768,
+        operators: OperatorForms = OperatorForms(),  # noqa: B008  (frozen)
+        order: Literal["width_depth", "joint"] = "width_depth",
+        field: int = 1,
+    ) -> None:
+        super().__init__(score=score, fold=fold, refit=refit, calibration_tokens=calibration_tokens)
+        if order not in ("width_depth", "joint"):
+            raise InputError(f"order={order!r} is unknown. Legal: width_depth, joint.")
+        if field < 0:
+            raise InputError(f"field={field} is below 0. Legal: 0 (each layer by itself) or more.")
+        self.forms, self.order, self.field = replace(operators, fold=fold), order, field
+
+    def stages(self, config: Any, shape: FusionShape) -> list[Stage]:
+        """See ``BestSelection``."""
+        depth = shape.num_hidden_layers != config.num_hidden_layers
+        width = self.forms.residual == "dense" or any(
+            getattr(shape, name) != getattr(config, name) for name in SIZES if name != "num_hidden_layers"
+        )
+        if self.order == "joint":
+            return ["joint"]
+        return [*(["width"] if width else []), *(["depth"] if depth else [])]  # type: ignore[list-item]
+
+    def again(self, stage: Stage, model: PreTrainedModel, shape: FusionShape, centres: list[int]) -> PreTrainedModel:
+        """Return a stage's model as ``begin`` made it, but for all its numbers, which a checkpoint brings.
+
+        Args:
+            stage: See ``begin``.
+            model: See ``begin``.
+            shape: See ``begin``.
+            centres: Of what ``begin`` returned.
+        """
+        target = self.shape_of(stage, model, shape)
+        operators = (
+            self._absent(int(model.config.num_hidden_layers)) if stage == "depth" else empty_operators(model, target, self.forms)
+        )
+        return fuse(model, target, operators, centres=centres, field=0 if stage == "width" else self.field)
+
+
+def important_layers(model: PreTrainedModel, count: int, rows: Rows) -> list[int]:
+    """Return the layers that change the residual stream most, rising (ShortGPT, arXiv 2403.03853).
+
+    Args:
+        model: The large model.
+        count: How many are kept.
+        rows: Calibration text, of ``rows_of``.
+    """
+    tokens = sum(row["input_ids"].numel() for row in rows)
+    influence = sum(
+        block_influence(model, row["input_ids"], row["position_ids"]) * (row["input_ids"].numel() / tokens) for row in rows
+    )
+    assert isinstance(influence, torch.Tensor)
+    return sorted(influence.argsort(descending=True, stable=True)[:count].tolist())

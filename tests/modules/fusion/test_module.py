@@ -1,0 +1,132 @@
+"""The whole system by config: stages, checkpoints within each of them, data of every kind, and the exported model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fulgurite.errors import InputError
+from fulgurite.experiments.cli import run
+from fulgurite.modules import FusionCompression
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+SHAPE = ['--model.shape={"num_hidden_layers": 3, "intermediate_size": 48}']
+BASE = ["fit", "-c", "fusion/compress", "--model.source=random:tiny", *SHAPE, "--trainer.precision=32", *QUIET]
+
+
+def callbacks(steps, every=0):
+    save = f", {{class_path: ModelCheckpoint, init_args: {{every_n_train_steps: {every}, save_last: true}}}}" if every else ""
+    return (
+        f"--trainer.callbacks=[{{class_path: TrainUntilCondition, init_args: {{max_steps: {steps}}}}}{save}, "
+        "{class_path: ExportPretrained, init_args: {dtype: float32}}]"
+    )
+
+
+@pytest.fixture
+def here(tmp_path, text_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return [*BASE, f"--data.train={text_file}", "--data.block_size=64"]
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        ([], ["width", "depth"]),
+        (["--model.start.order=joint"], ["joint"]),
+        (["--model.shape.num_hidden_layers=4"], ["width"]),
+        (["--model.shape.intermediate_size=64"], ["depth"]),
+        (["--model.shape.intermediate_size=64", "--model.start.operators.residual=dense"], ["width", "depth"]),
+        (["--model.start=BestSelection"], []),
+        (["--model.start=BestSelection", "--model.start.fold=false", "--model.start.refit=false"], []),
+        (["--model.shape.hidden_size=24", "--model.start.operators.neurons=block", "--model.start.operators.block_size=8"], None),
+    ],
+)
+def test_stages_end_and_leave_a_plain_model(here, tmp_path, words, stages):
+    cli = run([*here, *words, callbacks(4), "--trainer.max_steps=14", "--run=one"])
+    assert cli.model.stages == (["width", "depth"] if stages is None else stages)
+    assert cli.model.in_last_stage
+    assert cli.trainer.global_step == 14
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/fusion/one/export").eval()
+    sizes = cli.model.shape
+    assert (exported.config.num_hidden_layers, exported.config.hidden_size) == (sizes.num_hidden_layers, sizes.hidden_size)
+    ids = torch.randint(3, 200, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, cli.model.model.eval()(ids).logits)
+
+
+def test_training_that_ends_within_a_stage_still_leaves_a_plain_model(here, tmp_path, caplog):
+    run([*here, callbacks(10), "--trainer.max_steps=3", "--run=short"])
+    assert "Training ended in stage 'width'" in caplog.text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs/fusion/short/export").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("stop", [3, 7, 11])  # in the width stage, in the depth stage, and behind both
+def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(here, stop):
+    words = [*here, callbacks(5, every=1)]
+    whole = run([*words, "--trainer.max_steps=14", "--run=whole"])
+    run([*words, f"--trainer.max_steps={stop}", "--run=parts", "--model.lr_scheduler.total_steps=4"])
+    again = ["fit", "--experiment=fusion", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=14", *QUIET]
+    resumed = run(again)
+    assert resumed.trainer.global_step == whole.trainer.global_step == 14
+    assert resumed.model.stage == 2
+    for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        if name.startswith("model."):
+            torch.testing.assert_close(one, two, msg=name)
+
+
+def test_checkpoint_of_a_stage_loads_without_a_trainer(here, tmp_path):
+    run([*here, callbacks(5, every=1), "--trainer.max_steps=7", "--run=parts"])
+    path = tmp_path / "runs/fusion/parts/checkpoints/last.ckpt"
+    found = FusionCompression.load_from_checkpoint(path)
+    assert found.stage == 1
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in found.state_dict().items() if name.startswith("model."))
+
+
+def test_trains_on_stored_labels_and_on_own_answers(here, tmp_path, text_file, documents_file):
+    capture = ["predict", "-c", "distillation/capture", "--model.source=random:tiny", f"--data.train={text_file}"]
+    run([*capture, "--data.block_size=64", "--trainer.callbacks.store=labels", *QUIET])
+    stored = run(
+        [*BASE, "--data=SoftLabelDataModule", "--data.store=labels", callbacks(2), "--trainer.max_steps=6", "--run=stored"]
+    )
+    assert stored.model.teacher_source is None
+    assert stored.trainer.callback_metrics["train_kl"] > 0
+    own = ["--data=SelfGeneratedCalibration", f"--data.documents={documents_file}", "--data.lengths=[250]"]
+    own += ["--data.val_lengths=[300]", "--data.examples=2", "--data.val_examples=1", "--data.answer_tokens=6"]
+    answers = run([*BASE, *own, callbacks(1), "--trainer.max_steps=3", "--run=own"])
+    assert answers.model.in_last_stage
+    assert answers.trainer.callback_metrics["val_kl"] >= 0
+
+
+def test_operators_learn(here):
+    """Nearer to the large model on held-out text than operators that stay where they start."""
+    words = [
+        *here,
+        "--model.start.order=joint",
+        "--model.start.fold=false",
+        "--model.start.refit=false",
+        "--model.soft_weight=1.0",
+        callbacks(60),
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=60",
+    ]
+    still, learnt = (
+        run([*words, f"--model.operator_optimizer.lr={rate}", f"--run={name}"]).trainer.callback_metrics["val_kl"]
+        for name, rate in (("still", 0.0), ("learnt", 0.003))
+    )
+    assert learnt < 0.9 * still
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.shape.num_hidden_layers=9"], "shape.num_hidden_layers=9: the model has 4"),
+        (["--model.shape.num_attention_heads=3"], "shape.num_attention_heads=3 cannot be divided among"),
+        (["--model.start.calibration_tokens=0"], "calibration_tokens=0 measures nothing"),
+        (["--model.start.field=-1"], "field=-1 is below 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(here, tmp_path, words, message):
+    with pytest.raises((InputError, SystemExit)) as caught:
+        run([*here, *words, "--run=bad"])
+    assert message in str(caught.value) or isinstance(caught.value, SystemExit)
+    assert not (tmp_path / "runs/fusion/bad/checkpoints").exists()
