@@ -1,5 +1,6 @@
 """Fusion of a large model into a small one by learned operators."""
 
+from .baselines import AverageLayers, FreshModel, KeepLayers, LayerCollapse, ReplacementLayer
 from .fused import DepthCoefficients, FusionOperators, fuse, materialise
 from .initial import OperatorForms, initial_operators
 from .module import FusionCompression
@@ -11,16 +12,21 @@ from .starts import BestSelection, LearnedFusion
 from .statistics import second_moments
 
 __all__ = [
+    "AverageLayers",
     "BestSelection",
     "BlockLocal",
     "Dense",
     "DepthCoefficients",
+    "FreshModel",
     "FusionCompression",
     "FusionOperators",
     "FusionShape",
     "HeadRotations",
+    "KeepLayers",
+    "LayerCollapse",
     "LearnedFusion",
     "OperatorForms",
+    "ReplacementLayer",
     "Selection",
     "fuse",
     "initial_operators",

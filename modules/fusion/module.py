@@ -1,12 +1,17 @@
 """Fusion compression: operators are learnt in stages, then the small model that they made is trained freely."""
 
+import itertools
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...errors import InputError
@@ -14,10 +19,12 @@ from ..distillation.labels import LabelSettings
 from ..distillation.loss import Divergence, Remainder
 from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch, GenerationSettings
-from ..pretrained import Dtype, load_config, load_model
+from ..linear_loss import LossParts, linear_loss, shift_labels
+from ..pretrained import Dtype, head_weight, load_config, load_model
+from ..student import decoder_layers
 from .fused import FusedTable, materialise
 from .shape import FusionShape
-from .starts import BestSelection, LearnedFusion, Stage
+from .starts import FusionStart, LearnedFusion, Stage
 from .statistics import Rows, rows_of
 
 log = logging.getLogger(__name__)
@@ -42,6 +49,8 @@ class FusionCompression(SoftLabelDistillation):
         soft_weight: Share of the divergence in the loss, 0 to 1; the cross-entropy to the text has the rest.
         divergence: See ``SoftLabelDistillation``.
         remainder: See ``SoftLabelDistillation``.
+        hidden_weight: While operators are learnt, weight of the mean over layers of 1 - cosine between the residual stream behind
+            a small layer and behind the large layers that it stands for; needs an online teacher.
         operator_optimizer: Optimizer of the stages in which operators are learnt, given its parameters; its rate stays.
         optimizer: Optimizer of the last stage.
         lr_scheduler: Learning-rate schedule of the last stage, stepped with every optimizer step; None keeps the rate.
@@ -61,12 +70,13 @@ class FusionCompression(SoftLabelDistillation):
         source: str = "package:smollm2-135m-instruct",
         *,
         shape: FusionShape,
-        start: BestSelection | None = None,
+        start: FusionStart | None = None,
         teacher: str | None = None,
         selection: LabelSettings = LabelSettings(selection="full"),  # noqa: B008  (frozen)
         soft_weight: float = 0.5,
         divergence: Divergence = "forward_kl",
         remainder: Remainder = "tail_bucket",
+        hidden_weight: float = 0.0,
         operator_optimizer: OptimizerCallable = torch.optim.AdamW,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -77,8 +87,10 @@ class FusionCompression(SoftLabelDistillation):
         loss_chunk_tokens: int | None = None,
         generation: GenerationSettings | None = None,
     ) -> None:
+        if hidden_weight < 0:
+            raise InputError(f"hidden_weight={hidden_weight} is below 0. Legal: 0 or more.")
         config = load_config(source)
-        self_shape = shape.resolve(config)
+        resolved = shape.resolve(config)
         super().__init__(
             source,
             teacher=teacher or source,
@@ -95,13 +107,14 @@ class FusionCompression(SoftLabelDistillation):
             loss_chunk_tokens=loss_chunk_tokens,
             generation=generation,
         )
-        self.shape, self.start = self_shape, start or LearnedFusion()
+        self.shape, self.start, self.hidden_weight = resolved, start or LearnedFusion(), hidden_weight
         self.operator_optimizer = operator_optimizer
-        self.stages: list[Stage] = self.start.stages(config, self_shape)
+        self.stages: list[Stage] = self.start.stages(config, resolved)
         self.stage = 0  # the number of those that are done
         self.centres: list[int] = []
         self.wide: PreTrainedModel | None = None  # what the width stage made, frozen; part of checkpoints
         self._large: list[PreTrainedModel] = []  # in a list: a checkpoint names its source instead
+        self.held_out: dict[str, float] = {}  # perplexities of held-out text by model
 
     @property
     def in_last_stage(self) -> bool:
@@ -141,6 +154,7 @@ class FusionCompression(SoftLabelDistillation):
         """Return the model of the stage that comes."""
         name = self.stages[self.stage]
         log.info("Stage %d of %d: %s", self.stage + 1, len(self.stages) + 1, name)
+        assert isinstance(self.start, LearnedFusion)
         fused = self.start.begin(name, model, self.shape, self._rows())
         self.centres = fused.centres
         return fused.model
@@ -184,8 +198,40 @@ class FusionCompression(SoftLabelDistillation):
         if self._large:
             self._large[0].to(self.device)  # type: ignore[arg-type]
 
+    def on_train_start(self) -> None:
+        """Measure the large model and the small one's start on held-out text; a run that goes on has done so."""
+        if not self.held_out:
+            assert self.model is not None
+            original = (self._teacher or self._large)[0]
+            if original.device != self.device:
+                original.to(self.device)  # type: ignore[arg-type]
+            self._measure({"original": original, "start": self.model})
+        if self.in_last_stage:
+            self._large.clear()
+
+    @torch.no_grad()
+    def _measure(self, models: dict[str, PreTrainedModel]) -> None:
+        """Add each model's perplexity on the batches of a validation."""
+        loaders = self.trainer.val_dataloaders
+        if loaders is None or not self.trainer.num_val_batches:
+            return
+        sums = torch.zeros(len(models) + 1, dtype=torch.float64, device=self.device)
+        for model in models.values():
+            model.eval()
+        for batch in itertools.islice(loaders, int(self.trainer.num_val_batches[0])):
+            batch = self.trainer.strategy.batch_to_device(batch, self.device)
+            with self.trainer.strategy.precision_plugin.val_step_context():
+                found = [_text_loss(model, batch, self.loss_chunk_tokens) for model in models.values()]
+            sums += torch.stack([*(parts.hard.double() * parts.tokens for parts in found), sums.new_tensor(found[0].tokens)])
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        for name, total in zip(models, sums):
+            self.held_out[name] = math.exp(min(float(total / sums[-1]), 700.0))
+            log.info("Perplexity on held-out text, %s: %.2f", name, self.held_out[name])
+        if self.model is not None:
+            self.model.train()
+
     def on_train_end(self) -> None:
-        """Leave a plain model behind, also where training ended within a stage."""
+        """Leave a plain model behind, also where training ended within a stage, and say what came of it."""
         if not self.in_last_stage:
             log.warning(
                 "Training ended in stage %r: operators were learnt no longer. Give more steps, or end stages sooner with "
@@ -194,13 +240,41 @@ class FusionCompression(SoftLabelDistillation):
             )
         while not self.in_last_stage:
             self.begin_next_stage()
+        assert self.model is not None
+        self._measure({"small model": self.model})
+
+    def card_figures(self) -> dict[str, float]:
+        """Return the perplexities before and after."""
+        return {f"perplexity on held-out text, {name}": value for name, value in self.held_out.items()}
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states as the head reads them; see ``LanguageModel``."""
         assert self.model is not None
-        head: Any = self.model.get_output_embeddings()
-        states = super().hidden_states(batch)
-        return head.expand(states) if isinstance(head, FusedTable) else states
+        return _readable(self.model, super().hidden_states(batch))
+
+    def loss_parts(self, batch: Batch) -> LossParts:
+        """Return the loss of a batch of ``SoftLabelDistillation``, with that of the hidden states while operators are learnt."""
+        if not (self.hidden_weight and self.training and self._teacher) or self.in_last_stage:
+            return super().loss_parts(batch)
+        assert self.model is not None
+        teacher = self._teacher[0]
+        last = len(decoder_layers(teacher)) - 1
+        behind = [*(centre - 1 for centre in self.centres[1:]), last]
+        with _layer_outputs(self.model) as ours, _layer_outputs(teacher) as theirs:
+            parts = super().loss_parts(batch)
+        operators: Any = self.model.operators
+        residual = operators.residual
+        supervised = shift_labels(batch["labels"]) != -100
+        distances = []
+        for states, place in zip(ours, behind):
+            wide = states[supervised] if residual is None else residual.expand(states[supervised])
+            target = theirs[place][supervised]
+            if wide.shape != target.shape:  # the width stage's operator is gone
+                return parts
+            distances.append(1 - torch.cosine_similarity(wide.float(), target.float(), dim=-1).mean())
+        distance = torch.stack(distances).mean()
+        self.log("train_hidden", distance.detach())
+        return replace(parts, loss=parts.loss + self.hidden_weight * distance)
 
     def configure_optimizers(self) -> Any:
         """Return the stage's optimizer, and the last one's schedule."""
@@ -211,7 +285,12 @@ class FusionCompression(SoftLabelDistillation):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the stage."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["fulgurite_fusion"] = {"stage": self.stage, "centres": self.centres, "first_step": self._first_step}
+        checkpoint["fulgurite_fusion"] = {
+            "stage": self.stage,
+            "centres": self.centres,
+            "first_step": self._first_step,
+            "held_out": self.held_out,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the model of the checkpoint's stage."""
@@ -219,6 +298,7 @@ class FusionCompression(SoftLabelDistillation):
         if saved is None:
             raise InputError("This checkpoint is of no FusionCompression: give the one of the run that is to go on.")
         self.stage, self.centres, self._first_step = saved["stage"], saved["centres"], saved["first_step"]
+        self.held_out = saved["held_out"]
         if self.in_last_stage:
             self.model, self.wide = None, None
             self._large.clear()
@@ -232,3 +312,33 @@ class FusionCompression(SoftLabelDistillation):
         self._adopt(self.start.again(name, model, self.shape, self.centres))
         if self._trainer is not None:
             super().on_load_checkpoint(checkpoint)
+
+
+@contextmanager
+def _layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what stands behind each layer, [batch, length, hidden size], while a model reads."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _readable(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Return a model's final hidden states as its head reads them."""
+    head: Any = model.get_output_embeddings()
+    return head.expand(states) if isinstance(head, FusedTable) else states
+
+
+def _text_loss(model: PreTrainedModel, batch: Batch, chunk_tokens: int | None) -> LossParts:
+    """Return a plain or a fused model's loss of a batch's text."""
+    targets = shift_labels(batch["labels"])
+    supervised = targets != -100
+    states = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+    return linear_loss(_readable(model, states)[supervised], head_weight(model), targets[supervised], chunk_tokens=chunk_tokens)

@@ -34,11 +34,52 @@ class Fused:
     centres: list[int]
 
 
-class BestSelection:
+class FusionStart:
+    """How a small model begins: with stages in which operators are learnt, or as a plain model.
+
+    Args:
+        calibration_tokens: Tokens of the training data that the large model is measured on.
+
+    Raises:
+        InputError: If there are none.
+    """
+
+    def __init__(self, calibration_tokens: int) -> None:
+        if calibration_tokens < 1:
+            raise InputError(f"calibration_tokens={calibration_tokens} measures nothing. Legal: 1 or more.")
+        self.calibration_tokens = calibration_tokens
+
+    def stages(self, config: Any, shape: FusionShape) -> list[Stage]:
+        """Return the stages in which operators are learnt, in order.
+
+        Args:
+            config: Of the large model.
+            shape: Of the small one, all sizes filled in.
+
+        Raises:
+            InputError: If this start cannot make the shape.
+        """
+        return []
+
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+        """Return the small model of a start without stages.
+
+        Args:
+            large: The large model; it is used up.
+            shape: Of the small one, all sizes filled in.
+            rows: Calibration text, of ``rows_of``.
+        """
+        raise NotImplementedError
+
+
+class BestSelection(FusionStart):
     """The neurons, heads and layers that matter most, folded and refitted; nothing is learnt but by training what comes out.
 
     Args:
         score: What makes neurons and heads matter; see ``select_widths``.
+        residual: What is kept of a residual stream that becomes narrower: its ``dimensions`` or principal ``directions`` with the
+            most energy. Directions alone, in one rotation for the whole model so that embeddings stay tied, are SliceGPT's
+            (arXiv 2401.15024).
         fold: Whether what is kept of a width makes up for the rest by least squares.
         refit: Whether each layer's down projection is fitted to the large model's residual stream, layer by layer; see ``refit``.
         calibration_tokens: Tokens of the training data that all this is measured on.
@@ -48,34 +89,25 @@ class BestSelection:
     """
 
     def __init__(
-        self, *, score: Score = "energy", fold: bool = True, refit: bool = True, calibration_tokens: int = 32768
+        self,
+        *,
+        score: Score = "energy",
+        residual: Literal["dimensions", "directions"] = "dimensions",
+        fold: bool = True,
+        refit: bool = True,
+        calibration_tokens: int = 32768,
     ) -> None:
         if score not in ("energy", "taylor"):
             raise InputError(f"score={score!r} is unknown. Legal: energy, taylor.")
-        if calibration_tokens < 1:
-            raise InputError(f"calibration_tokens={calibration_tokens} measures nothing. Legal: 1 or more.")
+        super().__init__(calibration_tokens)
+        if residual not in ("dimensions", "directions"):
+            raise InputError(f"residual={residual!r} is unknown. Legal: dimensions, directions.")
         self.score: Score = score
-        self.forms = OperatorForms("frozen", "frozen", "frozen", fold=fold)
-        self.refit, self.calibration_tokens = refit, calibration_tokens
-        self.field = 0
-
-    def stages(self, config: Any, shape: FusionShape) -> list[Stage]:
-        """Return the stages in which operators are learnt, in order.
-
-        Args:
-            config: Of the large model.
-            shape: Of the small one, all sizes filled in.
-        """
-        return []
+        self.forms = OperatorForms("frozen" if residual == "dimensions" else None, "frozen", "frozen", fold=fold)
+        self.refit, self.field = refit, 0
 
     def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
-        """Return the small model of a start without stages.
-
-        Args:
-            large: The large model; it may be changed.
-            shape: Of the small one, all sizes filled in.
-            rows: Calibration text, of ``rows_of``.
-        """
+        """See ``FusionStart``."""
         fused = self._fused("joint", large, shape, rows)
         plain = materialise(fused.model)
         self._fit(plain, large, fused, rows)
@@ -170,7 +202,7 @@ class LearnedFusion(BestSelection):
         self.forms, self.order, self.field = replace(operators, fold=fold), order, field
 
     def stages(self, config: Any, shape: FusionShape) -> list[Stage]:
-        """See ``BestSelection``."""
+        """See ``FusionStart``."""
         depth = shape.num_hidden_layers != config.num_hidden_layers
         width = self.forms.residual == "dense" or any(
             getattr(shape, name) != getattr(config, name) for name in SIZES if name != "num_hidden_layers"

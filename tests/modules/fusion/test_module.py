@@ -10,6 +10,7 @@ from fulgurite.modules import FusionCompression
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SHAPE = ['--model.shape={"num_hidden_layers": 3, "intermediate_size": 48}']
+DEPTH = '--model.shape={"num_hidden_layers": 2, "intermediate_size": 64}'
 BASE = ["fit", "-c", "fusion/compress", "--model.source=random:tiny", *SHAPE, "--trainer.precision=32", *QUIET]
 
 
@@ -31,12 +32,20 @@ def here(tmp_path, text_file, monkeypatch):
     ("words", "stages"),
     [
         ([], ["width", "depth"]),
-        (["--model.start.order=joint"], ["joint"]),
+        (["--model.start.order=joint", "--model.hidden_weight=0.5"], ["joint"]),
         (["--model.shape.num_hidden_layers=4"], ["width"]),
         (["--model.shape.intermediate_size=64"], ["depth"]),
         (["--model.shape.intermediate_size=64", "--model.start.operators.residual=dense"], ["width", "depth"]),
         (["--model.start=BestSelection"], []),
         (["--model.start=BestSelection", "--model.start.fold=false", "--model.start.refit=false"], []),
+        (["--model.start=BestSelection", "--model.start.residual=directions", "--model.shape.hidden_size=24"], []),
+        (["--model.start=KeepLayers", DEPTH], []),
+        (["--model.start=KeepLayers", "--model.start.by=first_of_pairs", DEPTH], []),
+        (["--model.start=AverageLayers", DEPTH], []),
+        (["--model.start=LayerCollapse", "--model.start.merged=2", DEPTH], []),
+        (["--model.start=ReplacementLayer", "--model.start.steps=3", DEPTH], []),
+        (["--model.start=FreshModel"], []),
+        (["--model.shape.hidden_size=24", "--model.hidden_weight=1.0"], ["width", "depth"]),
         (["--model.shape.hidden_size=24", "--model.start.operators.neurons=block", "--model.start.operators.block_size=8"], None),
     ],
 )
@@ -45,6 +54,9 @@ def test_stages_end_and_leave_a_plain_model(here, tmp_path, words, stages):
     assert cli.model.stages == (["width", "depth"] if stages is None else stages)
     assert cli.model.in_last_stage
     assert cli.trainer.global_step == 14
+    assert list(cli.model.held_out) == ["original", "start", "small model"]
+    card = (tmp_path / "runs/fusion/one/export/README.md").read_text()
+    assert "perplexity on held-out text, original" in card
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/fusion/one/export").eval()
     sizes = cli.model.shape
     assert (exported.config.num_hidden_layers, exported.config.hidden_size) == (sizes.num_hidden_layers, sizes.hidden_size)
@@ -123,6 +135,8 @@ def test_operators_learn(here):
         (["--model.shape.num_attention_heads=3"], "shape.num_attention_heads=3 cannot be divided among"),
         (["--model.start.calibration_tokens=0"], "calibration_tokens=0 measures nothing"),
         (["--model.start.field=-1"], "field=-1 is below 0"),
+        (["--model.start=KeepLayers"], "KeepLayers only drops layers, but shape.intermediate_size=48 is not the model's 64"),
+        (["--model.hidden_weight=-1"], "hidden_weight=-1.0 is below 0"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(here, tmp_path, words, message):
