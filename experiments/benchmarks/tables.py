@@ -280,7 +280,7 @@ def _text(cell: Cell, column: dict[str, Any], plus_minus: str, count: int) -> st
     if cell.mean is None:
         return ""
     digits = column.get("digits", 0 if abs(cell.mean) >= 100 else 1 if abs(cell.mean) >= 10 else 3)
-    text = f"{cell.mean:{'+' if column.get('sign') else ''},.{digits}f}"
+    text = f"{cell.mean:{'+' if column.get('sign') else ''}z,.{digits}f}"  # z: no -0.000
     if 0 < cell.count < count:
         text = f"{text} ({cell.count} of {count})"
     return text if cell.spread is None else f"{text}{plus_minus}{cell.spread:.{digits}f}"
