@@ -89,6 +89,11 @@ class FusionCompression(SoftLabelDistillation):
     ) -> None:
         if hidden_weight < 0:
             raise InputError(f"hidden_weight={hidden_weight} is below 0. Legal: 0 or more.")
+        if hidden_weight and teacher not in (None, source):
+            raise InputError(
+                f"hidden_weight={hidden_weight} compares layers with those that they were made of, but teacher={teacher!r} is "
+                "another model. Use hidden_weight=0, or leave teacher out."
+            )
         config = load_config(source)
         resolved = shape.resolve(config)
         super().__init__(
@@ -133,9 +138,10 @@ class FusionCompression(SoftLabelDistillation):
             log.info("The small model is made when a Trainer brings data to measure the large one on, or a checkpoint is loaded.")
             return None
         large = self._load_large()
-        if self.in_last_stage:
-            return self.start.build(large, self.shape, self._rows())
-        return self._begin(large)
+        if not self.in_last_stage:
+            return self._begin(large)
+        self._large.clear()
+        return self.start.build(large, self.shape, self._rows())
 
     def _load_large(self) -> PreTrainedModel:
         if not self._large:
@@ -200,14 +206,12 @@ class FusionCompression(SoftLabelDistillation):
 
     def on_train_start(self) -> None:
         """Measure the large model and the small one's start on held-out text; a run that goes on has done so."""
-        if not self.held_out:
-            assert self.model is not None
-            original = (self._teacher or self._large)[0]
-            if original.device != self.device:
-                original.to(self.device)  # type: ignore[arg-type]
-            self._measure({"original": original, "start": self.model})
-        if self.in_last_stage:
-            self._large.clear()
+        if self.held_out:
+            return
+        assert self.model is not None
+        here = self._teacher and self.teacher_source == self.source
+        original = self._teacher[0] if here else load_model(self.source.name, self.teacher_weights)  # only for this
+        self._measure({"original": original.to(self.device), "start": self.model})  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _measure(self, models: dict[str, PreTrainedModel]) -> None:
