@@ -32,14 +32,12 @@ class OperatorForms:
         heads: On query, key and value heads; of queries and keys, what commutes with rotary embeddings. ``block`` is ``dense``
             for queries and keys.
         block_size: Of a block, at most this much of the large width.
-        fold: Whether what is kept makes up for the rest by least squares.
     """
 
     residual: Form | None = None
     neurons: Form = "dense"
     heads: Form = "dense"
     block_size: int = 64
-    fold: bool = True
 
     def __post_init__(self) -> None:
         if self.residual == "block":
@@ -57,6 +55,8 @@ def initial_operators(
     statistics: Statistics | None,
     held_out: Statistics | None,
     forms: OperatorForms,
+    *,
+    folded: bool = True,
 ) -> FusionOperators:
     """Return the operators of the selection: one 1 in each row, and a least-squares fold on what is read behind it.
 
@@ -64,9 +64,10 @@ def initial_operators(
         model: The large model.
         shape: Of the small model, all sizes filled in.
         selections: What is kept of each layer.
-        statistics: Of calibration text; None leaves all folds out.
+        statistics: Of calibration text; None leaves numbers open.
         held_out: Of other text, which chooses the folds' ridge.
         forms: How much of each is learnt.
+        folded: Whether what is kept of a width makes up for the rest by least squares.
     """
     config = model.config
     size = head_dim(config)
@@ -79,12 +80,12 @@ def initial_operators(
     for place, (layer, kept) in enumerate(zip(decoder_layers(model), selections)):
         own: dict[str, nn.Module] = {}
         if cut_neurons:
-            read = _reading(layer, DOWN, kept.neurons, "activations", place, statistics, held_out, forms)
-            own["neurons"], own["activations"] = _pair(kept.neurons, read, forms.neurons, forms)
+            read = _reading(layer, DOWN, kept.neurons, "activations", place, statistics if folded else None, held_out)
+            own["neurons"], own["activations"] = _pair(kept.neurons, read, forms.neurons, forms.block_size, folded)
         if cut_heads:
             heads, groups = _dimensions(kept.heads, size), _dimensions(kept.groups, size)
-            read = _reading(layer, OUTPUT, heads, "attended", place, statistics, held_out, forms)
-            _, own["attended"] = _pair(heads, read, forms.heads, forms)
+            read = _reading(layer, OUTPUT, heads, "attended", place, statistics if folded else None, held_out)
+            _, own["attended"] = _pair(heads, read, forms.heads, forms.block_size, folded)
             if forms.heads == "frozen":
                 own["query"], own["key"] = Selection(heads, read.shape[1]), Selection(groups, config.num_key_value_heads * size)
                 own["value"] = Selection(groups, config.num_key_value_heads * size)
@@ -96,17 +97,18 @@ def initial_operators(
     return FusionOperators(layers, residual=_residual(model, shape, statistics, forms))
 
 
-def empty_operators(model: PreTrainedModel, shape: FusionShape, forms: OperatorForms) -> FusionOperators:
+def empty_operators(model: PreTrainedModel, shape: FusionShape, forms: OperatorForms, *, folded: bool) -> FusionOperators:
     """Return operators of the same sizes and kinds as ``initial_operators``, whose numbers are to be loaded.
 
     Args:
         model: The large model.
         shape: Of the small model, all sizes filled in.
         forms: How much of each is learnt.
+        folded: See ``initial_operators``.
     """
     sizes = (shape.intermediate_size, shape.num_attention_heads, shape.num_key_value_heads)
     first = WidthSelection(*(torch.arange(size or 0) for size in sizes))
-    return initial_operators(model, shape, [first] * len(decoder_layers(model)), None, None, forms)
+    return initial_operators(model, shape, [first] * len(decoder_layers(model)), None, None, forms, folded=folded)
 
 
 def _dimensions(heads: Tensor, size: int) -> Tensor:
@@ -125,23 +127,22 @@ def _reading(
     place: int,
     statistics: Statistics | None,
     held_out: Statistics | None,
-    forms: OperatorForms,
 ) -> Tensor:
     weight = linear_of(layer, name).weight.detach()
-    if statistics is None or not forms.fold:
+    if statistics is None:
         return _one_hot(kept, weight.shape[1])
     other = None if held_out is None else getattr(held_out, what)[place]
     return fold(kept, weight, getattr(statistics, what)[place], other)
 
 
-def _pair(kept: Tensor, read: Tensor, form: Form, forms: OperatorForms) -> tuple[nn.Module, nn.Module]:
+def _pair(kept: Tensor, read: Tensor, form: Form, block_size: int, folded: bool) -> tuple[nn.Module, nn.Module]:
     """Return the operators on what writes a width and on what reads it."""
     large = read.shape[1]
     if form == "dense":
         return Dense(_one_hot(kept, large)), Dense(read)
     if form == "frozen":
-        return Selection(kept, large), Dense(read).requires_grad_(False) if forms.fold else Selection(kept, large)
-    blocks = _blocks(len(kept), large, forms.block_size)
+        return Selection(kept, large), Dense(read).requires_grad_(False) if folded else Selection(kept, large)
+    blocks = _blocks(len(kept), large, block_size)
     small_order, large_order = _block_orders(kept, read, blocks)
     return tuple(BlockLocal(matrix, small_order, large_order, blocks) for matrix in (_one_hot(kept, large), read))  # type: ignore[return-value]
 

@@ -103,8 +103,8 @@ class BestSelection(FusionStart):
         if residual not in ("dimensions", "directions"):
             raise InputError(f"residual={residual!r} is unknown. Legal: dimensions, directions.")
         self.score: Score = score
-        self.forms = OperatorForms("frozen" if residual == "dimensions" else None, "frozen", "frozen", fold=fold)
-        self.refit, self.field = refit, 0
+        self.forms = OperatorForms("frozen" if residual == "dimensions" else None, "frozen", "frozen")
+        self.fold, self.refit, self.field = fold, refit, 0
 
     def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
         """See ``FusionStart``."""
@@ -152,7 +152,8 @@ class BestSelection(FusionStart):
     def _operators(self, model: PreTrainedModel, shape: FusionShape, rows: Rows) -> FusionOperators:
         tested = max(1, round(HELD_OUT * len(rows)))
         seen, other = second_moments(model, rows[tested:] or rows), second_moments(model, rows[:tested])
-        return initial_operators(model, shape, select_widths(model, shape, seen, rows, self.score), seen, other, self.forms)
+        chosen = select_widths(model, shape, seen, rows, self.score)
+        return initial_operators(model, shape, chosen, seen, other, self.forms, folded=self.fold)
 
     def _fit(self, plain: PreTrainedModel, model: PreTrainedModel, fused: Fused, rows: Rows) -> bool:
         """Refit a plain model to the one that it was made of, if wanted; return whether it was."""
@@ -199,7 +200,7 @@ class LearnedFusion(BestSelection):
             raise InputError(f"order={order!r} is unknown. Legal: width_depth, joint.")
         if field < 0:
             raise InputError(f"field={field} is below 0. Legal: 0 (each layer by itself) or more.")
-        self.forms, self.order, self.field = replace(operators, fold=fold), order, field
+        self.forms, self.order, self.field = operators, order, field
 
     def stages(self, config: Any, shape: FusionShape) -> list[Stage]:
         """See ``FusionStart``."""
@@ -222,7 +223,9 @@ class LearnedFusion(BestSelection):
         """
         target = self.shape_of(stage, model, shape)
         operators = (
-            self._absent(int(model.config.num_hidden_layers)) if stage == "depth" else empty_operators(model, target, self.forms)
+            self._absent(int(model.config.num_hidden_layers))
+            if stage == "depth"
+            else empty_operators(model, target, self.forms, folded=self.fold)
         )
         return fuse(model, target, operators, centres=centres, field=0 if stage == "width" else self.field)
 

@@ -111,17 +111,18 @@ def test_selections_beat_chance_and_folds_beat_selections(score):
     shape, statistics = FusionShape(intermediate_size=48).resolve(model.config), second_moments(model, rows)
     chosen = select_widths(model, shape, statistics, rows, score)
 
-    def closeness(selections, forms):
-        operators = initial_operators(model, shape, selections, statistics, None, forms)
+    def closeness(selections, neurons="frozen", folded=True):
+        forms = OperatorForms(neurons=neurons)
+        operators = initial_operators(model, shape, selections, statistics, None, forms, folded=folded)
         return distance(model, materialise(fuse(copy.deepcopy(model), shape, operators)))
 
-    bare = OperatorForms(neurons="frozen", fold=False)
     worst = [copy.deepcopy(one) for one in chosen]
     for one in worst:
         one.neurons = torch.tensor(sorted(set(range(96)) - set(one.neurons.tolist())))
-    assert closeness(chosen, bare) < closeness(worst, bare)
-    assert closeness(chosen, OperatorForms(neurons="frozen")) < closeness(chosen, bare)
-    assert closeness(chosen, OperatorForms()) == closeness(chosen, OperatorForms(neurons="frozen"))
+    bare = closeness(chosen, folded=False)
+    assert bare < closeness(worst, folded=False)
+    assert closeness(chosen) < bare
+    assert closeness(chosen, "dense") == closeness(chosen)
 
 
 @pytest.mark.parametrize("residual", [None, "frozen"])
