@@ -11,7 +11,16 @@ from fulgurite.modules import FusionCompression
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SHAPE = ['--model.shape={"num_hidden_layers": 3, "intermediate_size": 48}']
 DEPTH = '--model.shape={"num_hidden_layers": 2, "intermediate_size": 64}'
-BASE = ["fit", "-c", "fusion/compress", "--model.source=random:tiny", *SHAPE, "--trainer.precision=32", *QUIET]
+BASE = [
+    "fit",
+    "-c",
+    "fusion/compress",
+    "--model.source=random:tiny",
+    *SHAPE,
+    "--model.start.calibration_tokens=512",
+    "--trainer.precision=32",
+    *QUIET,
+]
 
 
 def callbacks(steps, every=0):
