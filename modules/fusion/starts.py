@@ -1,6 +1,7 @@
 """Where a small model begins: the best selection of a large one, or operators that start there and are learnt."""
 
 import logging
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class Fused:
     centres: list[int]
 
 
-class FusionStart:
+class FusionStart(ABC):
     """How a small model begins: with stages in which operators are learnt, or as a plain model.
 
     Args:
@@ -61,6 +62,7 @@ class FusionStart:
         """
         return []
 
+    @abstractmethod
     def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
         """Return the small model of a start without stages.
 
@@ -69,7 +71,6 @@ class FusionStart:
             shape: Of the small one, all sizes filled in.
             rows: Calibration text, of ``rows_of``.
         """
-        raise NotImplementedError
 
 
 class BestSelection(FusionStart):
