@@ -313,7 +313,8 @@ class LanguageModel(LightningModule):
             raise InputError("This checkpoint holds no model config: it was not written by a fulgurite system.")
         if self.model is None or self._trainer is None:
             config = AutoConfig.for_model(saved["model_type"]).from_dict(saved)
-            self._adopt(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weights)))
+            dtype = getattr(torch, self.weights)
+            self._adopt(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation))
             return
         ours = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}

@@ -119,17 +119,19 @@ class LayerCollapse(_DepthStart):
         goal = _last_states(large, rows)
         model = large
         while (layers := len(decoder_layers(model))) > count:
-            place = layers - self.merged
+            place = max(0, layers - self.merged)
             while place >= 0 and layers > count:
                 merges = min(self.merged - 1, layers - 1 - place, layers - count)
                 tried = _collapsed(model, place, merges)
                 similarity = torch.cosine_similarity(_last_states(tried, rows), goal, dim=-1).mean()
                 if similarity > threshold:
                     model, layers = tried, layers - merges
-                    place = min(place - self.interval, layers - self.merged)
+                    place = min(place - self.interval, max(0, layers - self.merged))
                 else:
                     place -= 1
             threshold -= 0.05
+            if threshold < -1.1:
+                raise InputError("start=LayerCollapse: hidden states are not finite, so no merge is similar. Check the model.")
             log.info("%d layers; the threshold is now %.2f", layers, threshold)
         return model
 

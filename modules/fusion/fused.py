@@ -137,16 +137,27 @@ class FusedLinear(nn.Module):
         """Return the small bias [out], where the architecture has one."""
         return None if self._parts[0].linear.bias is None else self._sum([part.bias() for part in self._parts])
 
+    def _centre(self) -> _Part:
+        mix = self._mix[0]
+        return self._parts[0 if mix is None else int(mix.weight.argmax())]
+
+    def can_start_anywhere(self, frozen_too: bool) -> bool:
+        """Whether ``start_at`` may be called: the operator on what is read is dense, or there is none at all.
+
+        Args:
+            frozen_too: Whether the frozen weight may be changed.
+        """
+        part = self._centre()
+        return isinstance(part.into, Dense) or (frozen_too and part.into is None and part.out is None)
+
     @torch.no_grad()
-    def start_at(self, weight: Tensor, *, frozen_too: bool) -> None:
-        """Make this module's weight another, where that is possible: its operator on what is read is changed, if it is dense.
+    def start_at(self, weight: Tensor) -> None:
+        """Make this module's weight another, by its operator on what is read, or where it has none by the frozen weight itself.
 
         Args:
             weight: The one that it shall be [out, in].
-            frozen_too: Whether a frozen weight that has no operators may be changed itself.
         """
-        mix = self._mix[0]
-        part = self._parts[0 if mix is None else int(mix.weight.argmax())]
+        part = self._centre()
         missing = (weight - self.weight()).double()
         if isinstance(part.into, Dense):
             wide = part.linear.weight.double()
@@ -154,7 +165,7 @@ class FusedLinear(nn.Module):
             # The smallest change of the operator whose product with the rows is what is missing.
             change = rows.T @ torch.linalg.solve(rows @ rows.T, missing)
             part.into.weight.add_(change.T)
-        elif frozen_too and part.into is None and part.out is None:
+        else:
             part.linear.weight.add_(missing)
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -234,10 +245,12 @@ def fuse(
     centres = list(range(len(sources))) if centres is None else centres
     config = shape.config(large.config, centres)
     small = _skeleton(config, large)
-    residual = operators.residual
+    residual = operators.to(large.device).residual
+    used: set[int] = set()
     for place, (layer, centre) in enumerate(zip(decoder_layers(small), centres)):
         reach = field if 0 < place < len(centres) - 1 else 0
         seen = list(range(max(0, centre - reach), min(len(sources), centre + reach + 1)))
+        used |= set(seen)
         mix = DepthCoefficients(seen, centre).to(large.device) if len(seen) > 1 else None
         if mix is not None:
             layer.depth_coefficients = mix
@@ -255,7 +268,9 @@ def fuse(
         set_gain(base.norm, gain(base.norm) / scale)  # type: ignore[arg-type]
     base.embed_tokens = FusedTable(original.embed_tokens, residual, scale)  # type: ignore[arg-type]
     small.lm_head = FusedTable(large.get_output_embeddings(), residual, scale)  # type: ignore[arg-type]
-    small.operators = operators.to(large.device)
+    for unused in set(range(len(sources))) - used:
+        operators.layers[unused].requires_grad_(False)
+    small.operators = operators
     return small
 
 

@@ -180,7 +180,7 @@ def _residual(
     width, small = int(model.config.hidden_size), shape.hidden_size
     assert small is not None
     if small == width:
-        return Dense(torch.eye(width)) if forms.residual == "dense" else None
+        return Dense(torch.eye(width, dtype=torch.float32)) if forms.residual == "dense" else None
     moments = torch.eye(width, dtype=torch.float64) if statistics is None else statistics.residual.sum.double()
     if forms.residual == "frozen":
         return Selection(moments.diagonal().argsort(descending=True, stable=True)[:small].sort().values, width)

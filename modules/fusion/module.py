@@ -141,27 +141,30 @@ class FusionCompression(SoftLabelDistillation):
         if not self.in_last_stage:
             return self._begin(large)
         self._large.clear()
-        return self.start.build(large, self.shape, self._rows())
+        return self.start.build(large, self.shape, self._rows(large.device))
 
     def _load_large(self) -> PreTrainedModel:
         if not self._large:
             self._large = [load_model(self.source.name, self.weights, attn_implementation=self.attn_implementation)]
         return self._large[0]
 
-    def _rows(self) -> Rows:
+    def _rows(self, device: torch.device) -> Rows:
         batch = self._calibration(self.start.calibration_tokens)
         if batch is None:
             raise InputError(
                 "FusionCompression needs data of this suite to measure the model on: trainer.fit(module, datamodule)."
             )
-        return [{name: part.to(self.device) for name, part in row.items()} for row in rows_of(batch)]
+        return [{name: part.to(device) for name, part in row.items()} for row in rows_of(batch)]
 
     def _begin(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model of the stage that comes."""
         name = self.stages[self.stage]
         log.info("Stage %d of %d: %s", self.stage + 1, len(self.stages) + 1, name)
         assert isinstance(self.start, LearnedFusion)
-        fused = self.start.begin(name, model, self.shape, self._rows())
+        fused = self.start.begin(name, model, self.shape, self._rows(model.device))
+        if name == "depth":  # its weights are no longer the source's, so a checkpoint has to hold them
+            self.wide = model
+            self._large.clear()
         self.centres = fused.centres
         return fused.model
 
@@ -184,7 +187,6 @@ class FusionCompression(SoftLabelDistillation):
             self.wide = None
             self._adopt(plain)
         else:
-            self.wide = plain
             self._adopt(self._begin(plain))
         self._first_step = self.trainer.global_step
         strategy = self.trainer.strategy
@@ -309,10 +311,14 @@ class FusionCompression(SoftLabelDistillation):
             super().on_load_checkpoint(checkpoint)
             return
         assert isinstance(self.start, LearnedFusion)
-        name, model = self.stages[self.stage], self._load_large()
-        if self.stage:
-            config = self.start.shape_of("width", model, self.shape).config(model.config)
-            model = self.wide = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        name = self.stages[self.stage]
+        if name == "depth":
+            self._large.clear()
+            large = load_config(self.source.name)
+            config = self.start.shape_of("width", large, self.shape).config(large)
+            model = self.wide = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weights)).to(self.device)
+        else:
+            model = self._load_large()
         self._adopt(self.start.again(name, model, self.shape, self.centres))
         if self._trainer is not None:
             super().on_load_checkpoint(checkpoint)

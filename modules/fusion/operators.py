@@ -141,7 +141,7 @@ class HeadRotations(nn.Module):
     def __init__(self, heads: Tensor, large_heads: int, head_dim: int) -> None:
         super().__init__()
         self.small, self.large = len(heads) * head_dim, large_heads * head_dim
-        start = torch.zeros(2, len(heads), large_heads, head_dim // 2)  # real and imaginary parts
+        start = torch.zeros(2, len(heads), large_heads, head_dim // 2, dtype=torch.float32)  # real and imaginary parts
         start[0, torch.arange(len(heads)), heads] = 1.0
         self.weight = nn.Parameter(start)
 
@@ -173,4 +173,4 @@ class HeadRotations(nn.Module):
 def matrix_of(operator: Operator) -> Tensor:
     """Return an operator's matrix [small, large], float32."""
     device = next((tensor.device for tensor in (*operator.parameters(), *operator.buffers())), None)  # type: ignore[attr-defined]
-    return operator.expand(torch.eye(operator.small, device=device))
+    return operator.expand(torch.eye(operator.small, dtype=torch.float32, device=device))

@@ -112,7 +112,7 @@ def _fit(
     if down.bias is not None:
         wanted = [rows - down.bias for rows in wanted]
     now = down.weight.double().T  # [inputs, outputs]
-    seen, other = (_products(inputs[rows], wanted[rows]) for rows in (slice(tested, None), slice(tested)))
+    seen, other = (_products(inputs[rows] or inputs, wanted[rows] or wanted) for rows in (slice(tested, None), slice(tested)))
     scale, unit = seen[0].diagonal().mean(), torch.eye(len(now), dtype=now.dtype, device=now.device)
     candidates = [torch.linalg.solve(seen[0] + ridge * scale * unit, seen[1] + ridge * scale * now) for ridge in _RIDGES]
     errors = [_error(weight, *other) for weight in (now, *candidates)]
@@ -126,8 +126,8 @@ def _fit(
 
 def _products(inputs: list[Tensor], wanted: list[Tensor]) -> tuple[Tensor, Tensor, float]:
     """Return the sums of ``x.T @ x``, of ``x.T @ y`` and of y's squares over rows of text, float64."""
-    device = inputs[0].device
-    moments, across = (torch.zeros(inputs[0].shape[-1], size.shape[-1], device=device) for size in (inputs[0], wanted[0]))
+    like: dict[str, Any] = {"dtype": torch.float32, "device": inputs[0].device}
+    moments, across = (torch.zeros(inputs[0].shape[-1], some[0].shape[-1], **like) for some in (inputs, wanted))
     squares = 0.0
     for some, target in zip(inputs, wanted):
         flat, goal = some.flatten(0, -2).float(), target.flatten(0, -2).float()

@@ -124,17 +124,19 @@ class BestSelection(FusionStart):
             rows: Calibration text, of ``rows_of``.
         """
         fused = self._fused(stage, model, shape, rows)
+        downs = [layer.get_submodule(DOWN) for layer in decoder_layers(fused.model)]
+        if self.refit and not all(isinstance(down, FusedLinear) and down.can_start_anywhere(stage == "depth") for down in downs):
+            log.info("No refit in the %s stage: the operators on what the down projections read are not dense.", stage)
+            return fused
         plain = materialise(fused.model)
         if self._fit(plain, model, fused, rows):
-            for layer, fitted in zip(decoder_layers(fused.model), decoder_layers(plain)):
-                down = layer.get_submodule(DOWN)
-                assert isinstance(down, FusedLinear)
-                down.start_at(linear_of(fitted, DOWN).weight, frozen_too=stage == "depth")
+            for down, fitted in zip(downs, decoder_layers(plain)):
+                down.start_at(linear_of(fitted, DOWN).weight)  # type: ignore[operator]
         return fused
 
     def _fused(self, stage: Stage, model: PreTrainedModel, shape: FusionShape, rows: Rows) -> Fused:
         layers = int(model.config.num_hidden_layers)
-        target = self.shape_of(stage, model, shape)
+        target = self.shape_of(stage, model.config, shape)
         count = target.num_hidden_layers or layers
         centres = list(range(layers)) if count == layers else important_layers(model, count, rows)
         operators = self._absent(layers) if stage == "depth" else self._operators(model, target, rows)
@@ -142,9 +144,9 @@ class BestSelection(FusionStart):
         return Fused(fused, centres)
 
     @staticmethod
-    def shape_of(stage: Stage, model: PreTrainedModel, shape: FusionShape) -> FusionShape:
-        """Return the shape of a stage's model, which is made of a given one."""
-        return replace(shape, num_hidden_layers=model.config.num_hidden_layers) if stage == "width" else shape
+    def shape_of(stage: Stage, config: Any, shape: FusionShape) -> FusionShape:
+        """Return the shape of a stage's model, which is made of one with a config."""
+        return replace(shape, num_hidden_layers=config.num_hidden_layers) if stage == "width" else shape
 
     @staticmethod
     def _absent(layers: int) -> FusionOperators:
@@ -209,7 +211,7 @@ class LearnedFusion(BestSelection):
         width = self.forms.residual == "dense" or any(
             getattr(shape, name) != getattr(config, name) for name in SIZES if name != "num_hidden_layers"
         )
-        if self.order == "joint":
+        if self.order == "joint" and width and depth:
             return ["joint"]
         return [*(["width"] if width else []), *(["depth"] if depth else [])]  # type: ignore[list-item]
 
@@ -222,7 +224,7 @@ class LearnedFusion(BestSelection):
             shape: See ``begin``.
             centres: Of what ``begin`` returned.
         """
-        target = self.shape_of(stage, model, shape)
+        target = self.shape_of(stage, model.config, shape)
         operators = (
             self._absent(int(model.config.num_hidden_layers))
             if stage == "depth"

@@ -24,7 +24,7 @@ class Moments:
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.sum = torch.zeros(width, width, device=device)
+        self.sum = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, rows: Tensor) -> None:
@@ -123,7 +123,9 @@ def taylor_scores(model: PreTrainedModel, rows: Rows) -> tuple[list[Tensor], lis
     """
     layers = decoder_layers(model)
     modules = [[linear_of(layer, name) for layer in layers] for name in (DOWN, OUTPUT)]
-    scores = [[torch.zeros(linear.in_features, device=model.device) for linear in linears] for linears in modules]
+    scores = [
+        [torch.zeros(linear.in_features, dtype=torch.float32, device=model.device) for linear in linears] for linears in modules
+    ]
 
     def watch(score: Tensor) -> Callable[[Tensor], None]:
         def use(inputs: Tensor) -> None:
@@ -138,6 +140,7 @@ def taylor_scores(model: PreTrainedModel, rows: Rows) -> tuple[list[Tensor], lis
 
     uses: Uses = [(module, watch(score)) for linears, own in zip(modules, scores) for module, score in zip(linears, own)]
     tokens = 0
+    model.requires_grad_(False)  # the embedded text's gradient is all that is wanted
     with _watched(uses), torch.enable_grad():
         for one in track(rows, description="Taylor"):
             embedded = model.get_input_embeddings()(one["input_ids"]).detach().requires_grad_(True)
@@ -147,4 +150,5 @@ def taylor_scores(model: PreTrainedModel, rows: Rows) -> tuple[list[Tensor], lis
             parts = linear_loss(states[here], head_weight(model).detach(), targets[here])
             (parts.loss * parts.tokens).backward()
             tokens += parts.tokens
+    model.requires_grad_(True)
     return tuple([score / max(tokens, 1) for score in own] for own in scores)  # type: ignore[return-value]

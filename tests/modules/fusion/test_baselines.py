@@ -65,10 +65,11 @@ def test_collapse_adds_differences_and_keeps_the_earlier_layer():
     assert torch.equal(weights(model)[1], before[1])  # the model itself is left alone
 
 
+@pytest.mark.parametrize("merged", [3, 4])
 @pytest.mark.parametrize("layers", [1, 2, 4])
-def test_collapse_reaches_every_depth(layers):
+def test_collapse_reaches_every_depth(layers, merged):
     model = model_of("llama")
-    small = LayerCollapse(merged=3).build(model, shape_of(model, layers), text(2))
+    small = LayerCollapse(merged=merged).build(model, shape_of(model, layers), text(2))
     assert len(small.model.layers) == small.config.num_hidden_layers == layers
     assert logits(small).isfinite().all()
 

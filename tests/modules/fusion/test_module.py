@@ -94,13 +94,25 @@ def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(here, stop):
             torch.testing.assert_close(one, two, msg=name)
 
 
-def test_checkpoint_of_a_stage_loads_without_a_trainer(here, tmp_path):
-    run([*here, callbacks(5, every=1), "--trainer.max_steps=7", "--run=parts"])
+@pytest.mark.parametrize(("steps", "stage"), [(3, 0), (7, 1)])
+def test_checkpoint_of_a_stage_loads_without_a_trainer(here, tmp_path, steps, stage):
+    run([*here, callbacks(5, every=1), f"--trainer.max_steps={steps}", "--run=parts"])
     path = tmp_path / "runs/fusion/parts/checkpoints/last.ckpt"
     found = FusionCompression.load_from_checkpoint(path)
-    assert found.stage == 1
+    assert found.stage == stage
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert all(torch.equal(tensor, saved[name]) for name, tensor in found.state_dict().items() if name.startswith("model."))
+
+
+def test_a_checkpoint_of_the_depth_stage_holds_the_refitted_weights(here, tmp_path):
+    """Also where there was no stage before, so that they are not the source's any more."""
+    words = [*here, '--model.shape={"num_hidden_layers": 2, "intermediate_size": 64}', callbacks(9, every=1)]
+    cli = run([*words, "--trainer.max_steps=3", "--run=deep", "--model.operator_optimizer.lr=0.0"])
+    found = FusionCompression.load_from_checkpoint(tmp_path / "runs/fusion/deep/checkpoints/last.ckpt").eval()
+    assert found.stages == ["depth"]
+    ids = torch.randint(3, 200, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(ids).logits, cli.model.model.eval()(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_trains_on_stored_labels_and_on_own_answers(here, tmp_path, text_file, documents_file):

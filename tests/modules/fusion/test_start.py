@@ -185,6 +185,14 @@ def test_refit_leaves_a_whole_model_as_it_is():
     torch.testing.assert_close(logits(same), logits(model))
 
 
+def test_refit_on_a_single_row_fits_and_tests_on_it():
+    model, kept = model_of("llama"), [0, 1, 4]
+    small = copy.deepcopy(model)
+    keep_layers(small, kept)
+    assert len(refit(small, model, kept, text(1))) == 3
+    assert logits(small).isfinite().all()
+
+
 def test_refit_does_not_touch_what_stands_before_a_norm():
     model = model_of("gemma3")
     small = copy.deepcopy(model)
