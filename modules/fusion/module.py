@@ -117,7 +117,7 @@ class FusionCompression(SoftLabelDistillation):
         self.stages: list[Stage] = self.start.stages(config, resolved)
         self.stage = 0  # the number of those that are done
         self.centres: list[int] = []
-        self.wide: PreTrainedModel | None = None  # what the width stage made, frozen; part of checkpoints
+        self.wide: PreTrainedModel | None = None  # what the depth stage mixes, frozen; part of checkpoints
         self._large: list[PreTrainedModel] = []  # in a list: a checkpoint names its source instead
         self.held_out: dict[str, float] = {}  # perplexities of held-out text by model
 
@@ -165,6 +165,8 @@ class FusionCompression(SoftLabelDistillation):
         if name == "depth":  # its weights are no longer the source's, so a checkpoint has to hold them
             self.wide = model
             self._large.clear()
+            if self.hidden_weight and model.config.hidden_size != load_config(self.source.name).hidden_size:
+                log.warning("hidden_weight=%s is ignored in this stage: the hidden size is another.", self.hidden_weight)
         self.centres = fused.centres
         return fused.model
 
@@ -205,6 +207,9 @@ class FusionCompression(SoftLabelDistillation):
             )
         if self._large:
             self._large[0].to(self.device)  # type: ignore[arg-type]
+        if self.hidden_weight and (not self._teacher or not self.stages):
+            why = "the start has no operators" if not self.stages else "stored labels leave no teacher to compare with"
+            log.warning("hidden_weight=%s is ignored: %s.", self.hidden_weight, why)
 
     def on_train_start(self) -> None:
         """Measure the large model and the small one's start on held-out text; a run that goes on has done so."""
