@@ -91,6 +91,8 @@ def _run_step(step: dict[str, Any], words: list[str], folder: Path) -> dict[str,
         record["cost"] = _memory()
     else:
         given = _command(step, words, folder, record)
+        if at_steps := [source for source in (step["metrics"] or {}).values() if "@" in source]:
+            given |= _points(folder / step["name"], at_steps)
     record["seconds"] = time.perf_counter() - begin
     wanted = step["metrics"] if step["metrics"] is not None else {name: name for name in given}
     for name, source in wanted.items():
@@ -174,6 +176,18 @@ def _curves(folder: Path, names: list[str]) -> dict[str, list[list[float | None]
         points = {event.step: event.value for event in events.Scalars(name)}
         curves[name] = [[step, value if math.isfinite(value) else None] for step, value in sorted(points.items())]
     return curves
+
+
+def _points(folder: Path, sources: list[str]) -> dict[str, float]:
+    """Return scalars as they were last logged at a step or before it, each named ``<scalar>@<step>``."""
+    names = {source: source.rpartition("@") for source in sources}
+    curves = _curves(folder, sorted({name for name, _, _ in names.values()}))
+    found = {}
+    for source, (name, _, step) in names.items():
+        until = [value for at, value in curves[name] if at is not None and at <= int(step)]
+        if until:
+            found[source] = math.nan if until[-1] is None else until[-1]
+    return found
 
 
 def _without_places(value: Any, places: dict[str, str]) -> Any:

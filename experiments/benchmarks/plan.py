@@ -230,6 +230,8 @@ class Benchmark:
         if "config" in entry:
             resolve_config(entry["config"])
         metrics = None if command == "measure" and "metrics" not in entry else entry.get("metrics", {})
+        if metrics is not None:
+            metrics = {key: fill(source, places, f"{where}, metrics: {key}") for key, source in metrics.items()}
         return Step(name, command, entry.get("config"), entry.get("function"), settings, metrics, entry.get("curves", []))
 
     def _needs(self, steps: list[Step]) -> list[str]:

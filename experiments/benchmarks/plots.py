@@ -12,6 +12,7 @@ from .tables import Row, make_table
 
 _MARKS = "osD^vP*Xh<>d"
 _DASHES = ["-", "--", "-.", ":"]
+_STYLES = [(dash, shade) for shade in ("black", "0.55") for dash in _DASHES]
 _SMOOTH = 0.1  # of a curve's points that a moving average covers
 
 
@@ -34,6 +35,8 @@ def draw(plan: Benchmark, results: list[dict[str, Any]], key: str, kind: str) ->
         "curve": _curve,
         "timeline": _timeline,
         "heatmap": _heatmap,
+        "matrix": _matrix,
+        "lines": _lines,
     }
     title = entry.get("title", plan.spec["title"])
     maps = entry["kind"] == "heatmap"
@@ -158,7 +161,7 @@ def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dic
     """One line a variant: the mean over its seeds, smoothed by a moving average."""
     name = entry["y"]
     drawn = 0
-    styles = cycle([(dash, shade) for shade in ("black", "0.55") for dash in _DASHES])
+    styles = cycle(_STYLES)
     for variant in _chosen(plan, entry):
         spec = plan.spec["variants"][variant]
         own = [result["metrics"]["curves"].get(name) for result in results if result["run"]["variant"] == variant]
@@ -175,9 +178,50 @@ def _curve(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dic
         drawn += 1
     if not drawn:
         raise InputError(f"plots of benchmark {plan.name!r}: no result has the curve {name!r}.")
+    for step in _changes(results, _chosen(plan, entry), entry.get("marks")):
+        axes.axvline(step, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xlabel("step")
     axes.set_ylabel(f"{_label(plan, name)} (moving average)")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+
+
+def _changes(results: list[dict[str, Any]], variants: list[str], name: str | None) -> list[int]:
+    """Return the steps at which a curve of the variants takes another value."""
+    found = set()
+    for result in results:
+        points = result["metrics"]["curves"].get(name, []) if result["run"]["variant"] in variants else []
+        found |= {step for (_, before), (step, now) in zip(points, points[1:]) if now != before}
+    return sorted(found)
+
+
+def _family(plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """Return the curves ``<y>_<what>`` of one variant's first run, by what."""
+    (variant,) = _chosen(plan, entry)
+    runs = [result for result in results if result["run"]["variant"] == variant]
+    curves = runs[0]["metrics"]["curves"] if runs else {}
+    found = {name.removeprefix(f"{entry['y']}_"): points for name, points in curves.items() if name.startswith(f"{entry['y']}_")}
+    if not found:
+        raise InputError(f"plots of benchmark {plan.name!r}: {variant} has no curve {entry['y']}_<name>.")
+    return found
+
+
+def _matrix(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """The curves ``<y>_<number>`` of one variant as the rows of a matrix; black is the largest magnitude."""
+    rows = sorted((int(number), [value for _, value in points]) for number, points in _family(plan, results, entry).items())
+    axes.imshow([[abs(value) for value in row] for _, row in rows], aspect="auto", cmap="gray_r", vmin=0)
+    axes.set_xlabel(entry.get("x", "column"))
+    axes.set_ylabel(_label(plan, entry["y"]))
+
+
+def _lines(axes: Any, plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """The curves ``<y>_<name>`` of one variant, each over its own length."""
+    for (name, points), (dash, shade) in zip(_family(plan, results, entry).items(), cycle(_STYLES)):
+        places = [step / max(1, len(points) - 1) for step, _ in points]
+        axes.plot(places, [value for _, value in points], linestyle=dash, color=shade, linewidth=1.2, label=name)
+    axes.set_xlabel(entry.get("x", "place, of all"))
+    axes.set_ylabel(_label(plan, entry["y"]))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
 
 
 def _timeline(stack: list[Any], plan: Benchmark, results: list[dict[str, Any]], entry: dict[str, Any]) -> None:

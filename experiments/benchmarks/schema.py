@@ -67,9 +67,10 @@ SCHEMA = _mapping(
                     {
                         **_mapping(
                             {
-                                "kind": {"enum": ["curve", "scatter", "bars", "timeline", "heatmap"]},
+                                "kind": {"enum": ["curve", "scatter", "bars", "timeline", "heatmap", "matrix", "lines"]},
                                 "x": {"type": "string"},
                                 "y": {"type": "string"},
+                                "marks": {"type": "string"},
                                 "panels": {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 2},
                                 "title": {"type": "string"},
                                 "only": {"type": "array", "items": {"type": "string"}},
@@ -83,6 +84,10 @@ SCHEMA = _mapping(
                                 "else": {"required": ["y"]},
                             },
                             {"if": {"properties": {"kind": {"const": "heatmap"}}}, "then": {"required": ["only"]}},
+                            {
+                                "if": {"properties": {"kind": {"enum": ["matrix", "lines"]}}},
+                                "then": {"required": ["only"], "properties": {"only": {"maxItems": 1, "minItems": 1}}},
+                            },
                         ],
                     }
                 ),

@@ -29,7 +29,7 @@ class _DepthStart(FusionStart):
                 f"start={type(self).__name__} only drops layers, but shape.{changed[0]}={getattr(shape, changed[0])} is not the "
                 f"model's {getattr(config, changed[0])}. Leave it out, or give shape.{changed[0]} beside shape.parameters."
             )
-        return []
+        return super().stages(config, shape)
 
 
 class KeepLayers(_DepthStart):
@@ -44,6 +44,8 @@ class KeepLayers(_DepthStart):
         InputError: If a value is unknown or out of range.
     """
 
+    can_keep_layers = True
+
     def __init__(
         self, *, by: Literal["block_influence", "first_of_pairs"] = "block_influence", calibration_tokens: int = 32768
     ) -> None:
@@ -56,9 +58,11 @@ class KeepLayers(_DepthStart):
         """See ``FusionStart``."""
         count = shape.num_hidden_layers or 0
         if self.by == "block_influence":
-            kept = important_layers(large, count, rows)
+            kept = important_layers(large, count, rows, shape.kept_layers)
         else:
-            kept = [group[0] for group in _groups(len(decoder_layers(large)), count)]
+            first = shape.kept_layers
+            behind = _groups(len(decoder_layers(large)) - first, count - first) if count > first else []
+            kept = [*range(first), *(first + group[0] for group in behind)]
         keep_layers(large, kept)
         return large
 

@@ -236,7 +236,7 @@ def fuse(
         operators: Of the large model's widths.
         centres: For each small layer the large one that it starts as, rising; None for all layers as they are.
         field: Receptive field in depth: a small layer sees the large layers up to this far from its centre; the first and the
-            last see their centre alone.
+            last, and those that ``shape.kept_layers`` keeps, see their centre alone.
     """
     large.requires_grad_(False)
     if field or not (operators.residual is None or isinstance(operators.residual, Selection)):
@@ -248,7 +248,7 @@ def fuse(
     residual = operators.to(large.device).residual
     used: set[int] = set()
     for place, (layer, centre) in enumerate(zip(decoder_layers(small), centres)):
-        reach = field if 0 < place < len(centres) - 1 else 0
+        reach = field if max(1, shape.kept_layers) <= place < len(centres) - 1 else 0
         seen = list(range(max(0, centre - reach), min(len(sources), centre + reach + 1)))
         used |= set(seen)
         mix = DepthCoefficients(seen, centre).to(large.device) if len(seen) > 1 else None
@@ -268,6 +268,8 @@ def fuse(
         set_gain(base.norm, gain(base.norm) / scale)  # type: ignore[arg-type]
     base.embed_tokens = FusedTable(original.embed_tokens, residual, scale)  # type: ignore[arg-type]
     small.lm_head = FusedTable(large.get_output_embeddings(), residual, scale)  # type: ignore[arg-type]
+    for kept in list(decoder_layers(small))[: shape.kept_layers]:
+        kept.requires_grad_(False)
     for unused in set(range(len(sources))) - used:
         operators.layers[unused].requires_grad_(False)
     small.operators = operators

@@ -1,15 +1,19 @@
 """Fusion compression: operators are learnt in stages, then the small model that they made is trained freely."""
 
+import importlib.util
 import itertools
+import json
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,6 +30,7 @@ from .fused import FusedTable, materialise
 from .shape import FusionShape
 from .starts import FusionStart, LearnedFusion, Stage
 from .statistics import Rows, rows_of
+from .summary import draw_operators, summarise
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +125,7 @@ class FusionCompression(SoftLabelDistillation):
         self.wide: PreTrainedModel | None = None  # what the depth stage mixes, frozen; part of checkpoints
         self._large: list[PreTrainedModel] = []  # in a list: a checkpoint names its source instead
         self.held_out: dict[str, float] = {}  # perplexities of held-out text by model
+        self.learnt: dict[str, Any] = {}  # what the operators of the stages so far came to
 
     @property
     def in_last_stage(self) -> bool:
@@ -173,14 +179,26 @@ class FusionCompression(SoftLabelDistillation):
     def _adopt(self, model: PreTrainedModel) -> None:
         if self.in_last_stage:
             super()._adopt(model)
+            if self.shape.kept_layers:
+                self._keep_layers(model)
             return
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model.train()
 
+    def _keep_layers(self, model: PreTrainedModel) -> None:
+        """Give the layers that stay, and the embedding, the source's own numbers to the bit, and freeze them."""
+        source = load_model(self.source.name, self.weights)  # the large model's gains may have been folded
+        embeddings = (model.get_input_embeddings(), source.get_input_embeddings())
+        for own, original in (embeddings, *zip(decoder_layers(model)[: self.shape.kept_layers], decoder_layers(source))):
+            own.load_state_dict(original.state_dict())
+            own.requires_grad_(False)
+
     def begin_next_stage(self) -> None:
         """Write out the small model that the operators made, and go on with it; ``TrainUntilCondition`` calls this."""
         assert self.model is not None
+        large = self.wide if self.wide is not None else self._load_large()
+        self.learnt |= summarise(self.model, self.centres, len(decoder_layers(large)))
         plain = materialise(self.model)
         self.stage += 1
         self._large.clear()
@@ -219,6 +237,14 @@ class FusionCompression(SoftLabelDistillation):
         here = self._teacher and self.teacher_source == self.source
         original = self._teacher[0] if here else load_model(self.source.name, self.teacher_weights)  # only for this
         self._measure({"original": original.to(self.device), "start": self.model})  # type: ignore[arg-type]
+        if self.held_out and self.logger is not None:
+            self.logger.log_metrics(
+                {"val_perplexity": self.held_out["start"], "original_perplexity": self.held_out["original"]}, step=0
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log the stage, counted from 1."""
+        self.log("stage", float(self.stage + 1))
 
     @torch.no_grad()
     def _measure(self, models: dict[str, PreTrainedModel]) -> None:
@@ -232,7 +258,7 @@ class FusionCompression(SoftLabelDistillation):
         for batch in itertools.islice(loaders, int(self.trainer.num_val_batches[0])):
             batch = self.trainer.strategy.batch_to_device(batch, self.device)
             with self.trainer.strategy.precision_plugin.val_step_context():
-                found = [_text_loss(model, batch, self.loss_chunk_tokens) for model in models.values()]
+                found = [text_loss(model, batch, self.loss_chunk_tokens) for model in models.values()]
             sums += torch.stack([*(parts.hard.double() * parts.tokens for parts in found), sums.new_tensor(found[0].tokens)])
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         for name, total in zip(models, sums):
@@ -253,6 +279,17 @@ class FusionCompression(SoftLabelDistillation):
             self.begin_next_stage()
         assert self.model is not None
         self._measure({"small model": self.model})
+        if self.learnt and isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero and _can_draw():
+            self.logger.experiment.add_figure("operators", draw_operators(self.learnt))
+
+    def write_extras(self, folder: Path) -> None:
+        """Write what the operators came to into an exported folder, and a picture of it where matplotlib is there."""
+        super().write_extras(folder)
+        if not self.learnt:
+            return
+        (folder / "fusion.json").write_text(json.dumps(self.learnt) + "\n", "utf-8")
+        if _can_draw():
+            draw_operators(self.learnt).savefig(folder / "fusion.png", dpi=150)
 
     def card_figures(self) -> dict[str, float]:
         """Return the perplexities before and after."""
@@ -301,6 +338,7 @@ class FusionCompression(SoftLabelDistillation):
             "centres": self.centres,
             "first_step": self._first_step,
             "held_out": self.held_out,
+            "learnt": self.learnt,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -309,7 +347,7 @@ class FusionCompression(SoftLabelDistillation):
         if saved is None:
             raise InputError("This checkpoint is of no FusionCompression: give the one of the run that is to go on.")
         self.stage, self.centres, self._first_step = saved["stage"], saved["centres"], saved["first_step"]
-        self.held_out = saved["held_out"]
+        self.held_out, self.learnt = saved["held_out"], saved["learnt"]
         if self.in_last_stage:
             self.model, self.wide = None, None
             self._large.clear()
@@ -327,6 +365,10 @@ class FusionCompression(SoftLabelDistillation):
         self._adopt(self.start.again(name, model, self.shape, self.centres))
         if self._trainer is not None:
             super().on_load_checkpoint(checkpoint)
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 @contextmanager
@@ -351,8 +393,14 @@ def _readable(model: PreTrainedModel, states: Tensor) -> Tensor:
     return head.expand(states) if isinstance(head, FusedTable) else states
 
 
-def _text_loss(model: PreTrainedModel, batch: Batch, chunk_tokens: int | None) -> LossParts:
-    """Return a plain or a fused model's loss of a batch's text."""
+def text_loss(model: PreTrainedModel, batch: Batch, chunk_tokens: int | None = None) -> LossParts:
+    """Return a plain or a fused model's loss of a batch's text.
+
+    Args:
+        model: A plain model, or what ``fuse`` returns.
+        batch: As a DataModule gives it.
+        chunk_tokens: See ``linear_loss``.
+    """
     targets = shift_labels(batch["labels"])
     supervised = targets != -100
     states = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state

@@ -31,6 +31,7 @@ def refit(
     rows: Rows,
     *,
     residual: Operator | None = None,
+    kept: int = 0,
 ) -> list[float]:
     """Fit the down projections of a small model, in place.
 
@@ -40,10 +41,12 @@ def refit(
         centres: For each small layer the large one that it comes from, rising.
         rows: Calibration text, of ``rows_of``.
         residual: How the large residual stream is seen from the small one; None as it is.
+        kept: First layers that stay as they are.
 
     Returns:
-        For each small layer the share of the target's sum of squares that is still missing on the held-out rows. Empty where a
-        norm stands behind the down projection (Gemma), so that least squares does not apply; nothing is changed then.
+        For each small layer that is fitted the share of the target's sum of squares that is still missing on the held-out rows.
+        Empty where a norm stands behind the down projection (Gemma), so that least squares does not apply; nothing is changed
+        then.
     """
     layers, sources = decoder_layers(small), decoder_layers(large)
     if hasattr(layers[0], "post_feedforward_layernorm"):
@@ -59,7 +62,11 @@ def refit(
         for source in range(start, stop):
             far = [_through(sources[source], states, own[source]) for states, own in zip(far, arguments)]
         targets = far if residual is None else [residual.reduce(states) for states in far]
-        near, error = _fit(layer, near, targets, [own[centres[place]] for own in arguments], tested)
+        own_arguments = [own[centres[place]] for own in arguments]
+        if place < kept:
+            near = [_through(layer, states, own) for states, own in zip(near, own_arguments)]
+            continue
+        near, error = _fit(layer, near, targets, own_arguments, tested)
         missing.append(error)
     return missing
 

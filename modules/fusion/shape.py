@@ -25,6 +25,8 @@ class FusionShape:
         num_key_value_heads: Key/value heads.
         parameters: Instead of the sizes: the most parameters that the small model may have, embeddings included. Layers and
             neurons are then cut by the same share, as far as the sizes that are given leave them free.
+        kept_layers: First layers that stay as they are in the large model, and the embedding with them: what an emulator for
+            offsite tuning needs. Only layers behind them may be left out then.
     """
 
     num_hidden_layers: int | None = None
@@ -33,6 +35,7 @@ class FusionShape:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     parameters: int | None = None
+    kept_layers: int = 0
 
     def resolve(self, config: Any) -> "FusionShape":
         """Return the shape with every size filled in.
@@ -42,7 +45,7 @@ class FusionShape:
 
         Raises:
             InputError: If the model is of an unknown architecture, a size is larger than the model's, heads do not divide, or
-                nothing becomes smaller.
+                nothing becomes smaller; if layers are to be kept, and there are not so many or a width changes.
         """
         if config.model_type not in SUPPORTED:
             raise InputError(
@@ -54,13 +57,31 @@ class FusionShape:
             wanted = getattr(self, name)
             if wanted is not None and not 1 <= wanted <= size:
                 raise InputError(f"shape.{name}={wanted}: the model has {size}. Legal: 1 to {size}.")
-        shape = self if self.parameters is None else self._within(config)
+        if self.kept_layers:
+            self._check_kept(sizes)
+        shape = self if self.parameters is None else self._wanted(config)._within(config)
         shape = replace(shape, **{name: size for name, size in sizes.items() if getattr(shape, name) is None}, parameters=None)
         shape._check_heads(config)
         if all(getattr(shape, name) == size for name, size in sizes.items()):
             own = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise InputError(f"shape: every size is the model's own ({own}). Make one smaller, or give shape.parameters.")
         return shape
+
+    def _check_kept(self, sizes: dict[str, int]) -> None:
+        """Refuse what would change the layers that stay."""
+        layers = self.num_hidden_layers or sizes["num_hidden_layers"]
+        if not 0 <= self.kept_layers <= layers:
+            raise InputError(f"shape.kept_layers={self.kept_layers}: the small model has {layers} layers. Legal: 0 to {layers}.")
+        for name, size in sizes.items():
+            if name != "num_hidden_layers" and getattr(self, name) not in (None, size):
+                raise InputError(
+                    f"shape.kept_layers={self.kept_layers} keeps layers as wide as they are, but shape.{name}="
+                    f"{getattr(self, name)} is not the model's {size}. Leave shape.{name} out, or kept_layers."
+                )
+
+    def _wanted(self, config: Any) -> "FusionShape":
+        """Return the shape whose layers alone a budget may cut where some of them stay."""
+        return replace(self, intermediate_size=config.intermediate_size) if self.kept_layers else self
 
     def _check_heads(self, config: Any) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -126,7 +147,7 @@ class FusionShape:
         return small
 
 
-SIZES = tuple(field.name for field in fields(FusionShape) if field.name != "parameters")
+SIZES = tuple(field.name for field in fields(FusionShape) if field.name not in ("parameters", "kept_layers"))
 
 
 def head_dim(config: Any) -> int:

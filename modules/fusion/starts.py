@@ -45,6 +45,8 @@ class FusionStart(ABC):
         InputError: If there are none.
     """
 
+    can_keep_layers = False
+
     def __init__(self, calibration_tokens: int) -> None:
         if calibration_tokens < 1:
             raise InputError(f"calibration_tokens={calibration_tokens} measures nothing. Legal: 1 or more.")
@@ -60,6 +62,11 @@ class FusionStart(ABC):
         Raises:
             InputError: If this start cannot make the shape.
         """
+        if shape.kept_layers and not self.can_keep_layers:
+            raise InputError(
+                f"shape.kept_layers={shape.kept_layers}: start={type(self).__name__} changes layers wherever it likes. Legal: 0, "
+                "or another start: LearnedFusion, BestSelection, KeepLayers."
+            )
         return []
 
     @abstractmethod
@@ -89,6 +96,8 @@ class BestSelection(FusionStart):
         InputError: If a value is out of range.
     """
 
+    can_keep_layers = True
+
     def __init__(
         self,
         *,
@@ -111,7 +120,7 @@ class BestSelection(FusionStart):
         """See ``FusionStart``."""
         fused = self._fused("joint", large, shape, rows)
         plain = materialise(fused.model)
-        self._fit(plain, large, fused, rows)
+        self._fit(plain, large, fused, rows, shape.kept_layers)
         return plain
 
     def begin(self, stage: Stage, model: PreTrainedModel, shape: FusionShape, rows: Rows) -> Fused:
@@ -129,8 +138,9 @@ class BestSelection(FusionStart):
             log.info("No refit in the %s stage: the operators on what the down projections read are not dense.", stage)
             return fused
         plain = materialise(fused.model)
-        if self._fit(plain, model, fused, rows):
-            for down, fitted in zip(downs, decoder_layers(plain)):
+        if self._fit(plain, model, fused, rows, shape.kept_layers):
+            fitted_layers = list(decoder_layers(plain))[shape.kept_layers :]
+            for down, fitted in zip(downs[shape.kept_layers :], fitted_layers):
                 down.start_at(linear_of(fitted, DOWN).weight)  # type: ignore[operator]
         return fused
 
@@ -138,7 +148,7 @@ class BestSelection(FusionStart):
         layers = int(model.config.num_hidden_layers)
         target = self.shape_of(stage, model.config, shape)
         count = target.num_hidden_layers or layers
-        centres = list(range(layers)) if count == layers else important_layers(model, count, rows)
+        centres = list(range(layers)) if count == layers else important_layers(model, count, rows, shape.kept_layers)
         operators = self._absent(layers) if stage == "depth" else self._operators(model, target, rows)
         fused = fuse(model, target, operators, centres=centres, field=0 if stage == "width" else self.field)
         return Fused(fused, centres)
@@ -158,10 +168,14 @@ class BestSelection(FusionStart):
         chosen = select_widths(model, shape, seen, rows, self.score)
         return initial_operators(model, shape, chosen, seen, other, self.forms, folded=self.fold)
 
-    def _fit(self, plain: PreTrainedModel, model: PreTrainedModel, fused: Fused, rows: Rows) -> bool:
+    def _fit(self, plain: PreTrainedModel, model: PreTrainedModel, fused: Fused, rows: Rows, kept: int) -> bool:
         """Refit a plain model to the one that it was made of, if wanted; return whether it was."""
         residual = fused.model.operators.residual  # type: ignore[union-attr]
-        missing = refit(plain, model, fused.centres, rows, residual=residual) if self.refit else []  # type: ignore[arg-type]
+        missing = (
+            refit(plain, model, fused.centres, rows, residual=residual, kept=kept)  # type: ignore[arg-type]
+            if self.refit
+            else []
+        )
         if missing:
             log.info("Refit: %.2f %% of the residual stream's energy is missing behind the last layer", 100 * missing[-1])
         return bool(missing)
@@ -208,6 +222,11 @@ class LearnedFusion(BestSelection):
     def stages(self, config: Any, shape: FusionShape) -> list[Stage]:
         """See ``FusionStart``."""
         depth = shape.num_hidden_layers != config.num_hidden_layers
+        if shape.kept_layers and self.forms.residual == "dense":
+            raise InputError(
+                f"start.operators.residual='dense' changes every layer, but shape.kept_layers={shape.kept_layers} keeps some. "
+                "Leave one of them out."
+            )
         width = self.forms.residual == "dense" or any(
             getattr(shape, name) != getattr(config, name) for name in SIZES if name != "num_hidden_layers"
         )
@@ -233,17 +252,19 @@ class LearnedFusion(BestSelection):
         return fuse(model, target, operators, centres=centres, field=0 if stage == "width" else self.field)
 
 
-def important_layers(model: PreTrainedModel, count: int, rows: Rows) -> list[int]:
+def important_layers(model: PreTrainedModel, count: int, rows: Rows, first: int = 0) -> list[int]:
     """Return the layers that change the residual stream most, rising (ShortGPT, arXiv 2403.03853).
 
     Args:
         model: The large model.
         count: How many are kept.
         rows: Calibration text, of ``rows_of``.
+        first: So many of the first ones are kept in any case.
     """
     tokens = sum(row["input_ids"].numel() for row in rows)
     influence = sum(
         block_influence(model, row["input_ids"], row["position_ids"]) * (row["input_ids"].numel() / tokens) for row in rows
     )
     assert isinstance(influence, torch.Tensor)
+    influence[:first] = torch.inf
     return sorted(influence.argsort(descending=True, stable=True)[:count].tolist())

@@ -1,12 +1,16 @@
 """The whole system by config: stages, checkpoints within each of them, data of every kind, and the exported model."""
 
+import json
+
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from fulgurite.errors import InputError
 from fulgurite.experiments.cli import run
 from fulgurite.modules import FusionCompression
+from fulgurite.modules.pretrained import load_model
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SHAPE = ['--model.shape={"num_hidden_layers": 3, "intermediate_size": 48}']
@@ -130,6 +134,40 @@ def test_trains_on_stored_labels_and_on_own_answers(here, tmp_path, text_file, d
     assert answers.trainer.callback_metrics["val_kl"] >= 0
 
 
+@pytest.mark.parametrize("start", ["LearnedFusion", "BestSelection", "KeepLayers"])
+def test_an_emulator_keeps_embedding_and_first_layers_to_the_bit(here, tmp_path, start):
+    shape = '--model.shape={"num_hidden_layers": 3, "intermediate_size": 64, "kept_layers": 2}'
+    cli = run([*here, f"--model.start={start}", shape, callbacks(3), "--trainer.max_steps=6", "--run=emulator"])
+    source = load_model("random:tiny").state_dict()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/fusion/emulator/export").state_dict()
+    kept = [name for name in small if "embed_tokens" in name or ".layers.0." in name or ".layers.1." in name]
+    assert len(kept) > 10
+    assert all(torch.equal(small[name], source[name]) for name in kept)
+    behind = "model.layers.2.mlp.down_proj.weight"
+    assert not any(torch.equal(small[behind], source[behind.replace("2", str(layer))]) for layer in range(4))
+    assert cli.trainer.global_step == 6
+
+
+def test_what_operators_came_to_is_logged_and_exported(here, tmp_path):
+    words = [*here, "--model.shape.hidden_size=24", callbacks(4), "--trainer.max_steps=10", "--trainer.log_every_n_steps=1"]
+    cli = run([*words, "--run=seen"])
+    folder = tmp_path / "runs/fusion/seen"
+    learnt = json.loads((folder / "export/fusion.json").read_text())
+    assert learnt == cli.model.learnt
+    depth = torch.tensor(learnt["depth"])
+    assert depth.shape == (3, 4)
+    assert [row.nonzero().flatten().tolist() for row in depth[[0, 2]]] == [[cli.model.centres[0]], [cli.model.centres[2]]]
+    assert depth[1].count_nonzero() == 3
+    sizes = {"residual": 24, "neurons": 48, "activations": 48}
+    assert {name: len(values) for name, values in learnt["singular_values"].items()} == sizes
+    assert all(values == sorted(values, reverse=True) for values in learnt["singular_values"].values())
+    assert (folder / "export/fusion.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(folder)).Reload()
+    assert sorted({event.value for event in events.Scalars("stage")}) == [1, 2, 3]
+    start = events.Scalars("val_perplexity")[0]
+    assert (start.step, start.value) == (0, pytest.approx(cli.model.held_out["start"]))
+
+
 def test_operators_learn(here):
     """Nearer to the large model on held-out text than operators that stay where they start."""
     words = [
@@ -159,6 +197,13 @@ def test_operators_learn(here):
         (["--model.start=KeepLayers"], "KeepLayers only drops layers, but shape.intermediate_size=48 is not the model's 64"),
         (["--model.hidden_weight=1", "--model.teacher=package:smollm2-135m-instruct"], "is another model"),
         (["--model.hidden_weight=-1"], "hidden_weight=-1.0 is below 0"),
+        (
+            ["--model.shape.kept_layers=1"],
+            "kept_layers=1 keeps layers as wide as they are, but shape.intermediate_size=48 is not",
+        ),
+        ([DEPTH, "--model.shape.kept_layers=3"], "shape.kept_layers=3: the small model has 2 layers. Legal: 0 to 2"),
+        ([DEPTH, "--model.shape.kept_layers=1", "--model.start=AverageLayers"], "start=AverageLayers changes layers wherever"),
+        ([DEPTH, "--model.shape.kept_layers=1", "--model.start.operators.residual=dense"], "changes every layer, but"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(here, tmp_path, capsys, words, message):
