@@ -31,7 +31,9 @@ SCHEMA = _mapping(
         "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
         "scales": _named(_SETTINGS),
         "products": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command", "gives")),
-        "common": _mapping({**{key: _STEP[key] for key in ("command", "config", "function", "set", "curves")}, "let": _SETTINGS}),
+        "common": _mapping(
+            {**{key: _STEP[key] for key in ("command", "config", "function", "set", "metrics", "curves")}, "let": _SETTINGS}
+        ),
         "variants": _named(
             _mapping(
                 {

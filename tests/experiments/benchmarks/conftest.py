@@ -10,7 +10,7 @@ SPEC = {
     "note": "{tokens} tokens.",
     "equal": "tokens",
     "seeds": [0],
-    "scales": {"cpu": {"text": "{data}/text.txt", "tokens": 1280, "layers": 4}},
+    "scales": {"cpu": {"text": "{data}/text.txt", "tokens": 1280, "layers": 4, "early": 3}},
     "products": {
         "tuned": {
             "command": "fit",
@@ -29,6 +29,7 @@ SPEC = {
     },
     "common": {
         "config": "language_model/finetune",
+        "metrics": {"early_loss": "train_loss@{early}"},
         "curves": ["train_loss"],
         "let": {"start": "{tuned}"},
         "set": {
@@ -72,7 +73,10 @@ SPEC = {
             "front": {"kind": "scatter", "x": "loss", "y": "tokens_per_second"},
             "bars": {"kind": "bars", "y": "loss"},
             "times": {"kind": "timeline", "panels": {"train_loss": "loss", "val_loss": "unseen"}, "only": ["slow"]},
+            "marked": {"kind": "curve", "y": "train_loss", "marks": "val_loss"},
             "map": {"kind": "heatmap", "y": "found", "only": ["slow", "fast"]},
+            "matrix": {"kind": "matrix", "y": "found", "only": ["slow"]},
+            "lines": {"kind": "lines", "y": "found", "only": ["fast"]},
         },
     },
 }
@@ -115,7 +119,7 @@ def result(variant, seed, loss, *, speed=100.0, curve=(), **environment):
             "curves": {
                 **{name: [list(point) for point in curve] for name in ("train_loss", "val_loss")},
                 "found_512": [[0.25, 1.0], [0.75, 0.0]],
-                "found_1024": [[0.5, 0.5]],
+                "found_1024": [[0.25, 0.5], [0.75, 0.5]],
             },
         },
         "cost": {"seconds": 20.0, "evaluation_seconds": 5.0, "peak_memory_bytes": 1, "tokens_per_second": speed},

@@ -31,6 +31,7 @@ def test_cells_are_run_once_and_a_failed_one_does_not_stop_the_rest(bench, text_
     (found,) = results
     assert 0 < found["metrics"]["final"]["loss"] < 10
     assert [step for step, _ in found["metrics"]["curves"]["train_loss"]] == [*range(10)]
+    assert found["metrics"]["final"]["early_loss"] == found["metrics"]["curves"]["train_loss"][3][1]
     assert found["cost"]["tokens"] == 1280
     assert found["cost"]["seconds"] > found["cost"]["evaluation_seconds"] > 0
     assert found["run"]["products"].keys() == {"tuned"}

@@ -177,6 +177,9 @@ def test_plots_are_the_same_bytes_for_the_same_results(bench, kind):
     blank = bench(lambda spec: spec["report"]["plots"]["map"].update(y="lost"))
     with pytest.raises(InputError, match="slow has no curve lost_<length>"):
         draw(blank, results, "map", kind)
+    blank = bench(lambda spec: spec["report"]["plots"]["lines"].update(y="lost"))
+    with pytest.raises(InputError, match="fast has no curve lost_<name>"):
+        draw(blank, results, "lines", kind)
     other = bench(lambda spec: spec["report"]["plots"]["bars"].update(only=["fsat"]))
     with pytest.raises(InputError, match="only: 'fsat' is no variant. Did you mean 'fast'"):
         draw(other, results, "bars", kind)
