@@ -85,6 +85,13 @@ class SoftLabelWriter(BasePredictionWriter):
         """Check that the teacher's labels can be written so, before it is loaded."""
         if not isinstance(pl_module, SoftLabelTeacher):
             raise InputError(f"SoftLabelWriter stores what SoftLabelTeacher predicts, not {type(pl_module).__name__}.")
+        converted = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}.get(str(trainer.precision))
+        if converted not in (None, pl_module.weights):
+            raise InputError(
+                f"trainer.precision={trainer.precision!r} would turn the teacher's weights into {converted}, but model.weights="
+                f"{pl_module.weights!r} is what the store says of them. Leave trainer.precision out; model.weights is the type "
+                "that labels are computed in."
+            )
         if self.codec == RankedCodec.name:
             ValueSteps(self.steps.values, self.steps.step, pl_module.selection.floor)
 

@@ -53,7 +53,8 @@ class GenerationSettings:
             raise InputError(f"top_p={self.top_p} is no probability mass. Legal: above 0, up to 1.")
         arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
-            arguments |= {"temperature": self.temperature, "top_p": self.top_p}
+            # Without top_k, the model's own or that of transformers cuts the distribution.
+            arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return arguments
 
 

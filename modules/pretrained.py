@@ -334,7 +334,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Return 32 hexadecimal digits of a model's architecture and weights.
+    """Return 32 hexadecimal digits of a model's architecture, weights and attention spans, where it has some.
 
     Of every tensor the name, the shape and up to 4096 evenly spaced values, rounded to bf16, are hashed, so that the
     same weights give the same fingerprint whether they are held in fp32 or bf16, at the cost of milliseconds.
@@ -345,6 +345,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
+    plan = getattr(model.config, "span_plan", None)
+    if plan:  # with it, the same weights compute other numbers
+        digest.update(json.dumps({name: plan[name] for name in ("rules", "sink")}, sort_keys=True).encode())
     return digest.hexdigest()[:32]
 
 

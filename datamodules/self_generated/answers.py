@@ -71,6 +71,9 @@ class AnswerCache:
         self.model, self.prompts, self.settings, self.ends, self.pad = model, prompts, settings, list(ends), pad
         how = {} if model.generation_config is None else model.generation_config.to_diff_dict()
         how.pop("transformers_version", None)
+        # Without top_k, the model's own or that of transformers cuts the distribution.
+        self.drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+        how |= self.drawing
         identity = [model_identity(model), how, asdict(settings), list(map(list, prompts)), self.ends, pad]
         self.folder: Path = cache_folder("answers", digest(identity))
         by_length = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
@@ -111,7 +114,6 @@ class AnswerCache:
         batch = self.batches[number]
         ids, mask = left_padded([self.prompts[index] for index in batch], self.pad)
         settings = self.settings
-        drawing = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {}
         with torch.random.fork_rng(devices=[] if self.model.device.type == "cpu" else None):
             torch.manual_seed(settings.seed * 1_000_003 + number)
             written = self.model.generate(  # type: ignore[operator]
@@ -122,7 +124,7 @@ class AnswerCache:
                 do_sample=bool(settings.temperature),
                 pad_token_id=self.pad,
                 eos_token_id=self.ends or None,
-                **drawing,
+                **self.drawing,
             )
         rows = []
         for index, row in zip(batch, written[:, ids.shape[1] :].tolist()):

@@ -163,6 +163,19 @@ class SelfGeneratedCalibration(TokenDataModule):
         return self.answers_from or getattr(getattr(module, "source", None), "name", None)
 
     @property
+    def _limit(self) -> tuple[int, str] | None:
+        """The fewest positions of the models that read the examples, and of which; None where none is known."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        readers = [getattr(getattr(module, "source", None), "name", None)]
+        if self.supervision == "own" or self.max_perplexity is not None:
+            readers.append(self.answering_model)
+        known = []
+        for source in dict.fromkeys(reader for reader in readers if reader is not None):
+            most = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+            known += [] if most is None else [(int(most), source)]
+        return min(known, default=None)
+
+    @property
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
@@ -178,8 +191,7 @@ class SelfGeneratedCalibration(TokenDataModule):
 
     def _make(self) -> None:
         source = self.answering_model
-        if source is not None:
-            self._check_lengths(source)
+        self._check_lengths()
         form = PromptForm(self.tokenizer, self.chat)
         texts: list[list[str]] = [[], []]
         if self.documents is not None:
@@ -189,12 +201,13 @@ class SelfGeneratedCalibration(TokenDataModule):
             if len(documents) == 1 and self.val_examples:
                 log.warning("documents=%r is one document: its last part is held out.", self.documents)
                 documents = list(pieces(documents))
-            texts = [list(pieces(part)) for part in self._split(documents)]
+            tokens = [count * sum(lengths) for lengths, count in self._levels]
+            texts = [list(pieces(part)) for part in self._split(documents, tokens)]
         asked_all: list[tuple[str, str | None]] = []
         if self.questions is not None:
             human = self.supervision == "human"
             asked_all = read_questions(self.questions, self.question_field, self.answer_field, answers=human)
-        questions = self._split(sorted(asked_all, key=digest))
+        questions = self._split(sorted(asked_all, key=digest), [count for _, count in self._levels])
         model: PreTrainedModel | None = None
         if self.supervision == "own" or self.max_perplexity is not None:
             if source is None:
@@ -208,8 +221,7 @@ class SelfGeneratedCalibration(TokenDataModule):
                 )
             model = self._load(source)
         splits: list[list[CalibrationExample]] = []
-        levels = ((self.lengths, self.examples), (self.val_lengths, self.val_examples))
-        for number, (documents, asked, (lengths, count)) in enumerate(zip(texts, questions, levels)):
+        for number, (documents, asked, (lengths, count)) in enumerate(zip(texts, questions, self._levels)):
             if not count:
                 splits.append([])
                 continue
@@ -230,15 +242,17 @@ class SelfGeneratedCalibration(TokenDataModule):
         if self._world[0] == 0:
             log_samples(splits[0], self.tokenizer, self.show)
 
-    def _split(self, items: list) -> list[list]:
+    @property
+    def _levels(self) -> list[tuple[list[int], int]]:
+        """Lengths and examples of each, for training and for validation."""
+        return [(self.lengths, self.examples), (self.val_lengths, self.val_examples)]
+
+    @staticmethod
+    def _split(items: list, wanted: list[int]) -> list[list]:
+        """Divide items between training and validation in proportion to what they want."""
         held_out = 0
-        if self.val_examples and len(items) > 1:
-            share = (
-                self.val_examples
-                * sum(self.val_lengths)
-                / (self.val_examples * sum(self.val_lengths) + self.examples * sum(self.lengths))
-            )
-            held_out = min(max(round(len(items) * share), 1), len(items) - 1)
+        if wanted[1] and len(items) > 1:
+            held_out = min(max(round(len(items) * wanted[1] / sum(wanted)), 1), len(items) - 1)
         return [items[: len(items) - held_out], items[len(items) - held_out :]]
 
     def _load(self, source: str) -> PreTrainedModel:
@@ -304,15 +318,10 @@ class SelfGeneratedCalibration(TokenDataModule):
         ids = [form.ids(prompt.text) for prompt in prompts]
         if self.supervision == "human":
             answers = [Answer(tuple(form.answer_ids(prompt.text, prompt.answer or "")), False) for prompt in prompts]
+            self._check_longest([len(head) + len(answer.ids) for head, answer in zip(ids, answers)], "their answers")
         else:
             assert model is not None
-            most = getattr(model.config, "max_position_embeddings", None)
-            longest = max(map(len, ids)) + self.answer_settings.max_tokens
-            if most is not None and longest > most:
-                raise DataError(
-                    f"questions={self.questions!r} and answer_tokens make a text of {longest} tokens; the model takes {most}. "
-                    "Leave out long questions, or lower answer_tokens."
-                )
+            self._check_longest([len(head) + self.answer_settings.max_tokens for head in ids], "answer_tokens")
             found = self._cache(model, self.tokenizer, ids, self.answer_settings)
             missing = len(prompts) - len(found)
             if missing:
@@ -348,14 +357,22 @@ class SelfGeneratedCalibration(TokenDataModule):
             log.warning("Of %d answers %d are left out: %s.", len(prompts), len(prompts) - len(kept), left_out)
         return kept
 
-    def _check_lengths(self, source: str) -> None:
+    def _check_longest(self, sizes: list[int], what: str) -> None:
+        limit = self._limit
+        if limit is not None and max(sizes) > limit[0]:
+            raise DataError(
+                f"questions={self.questions!r} and {what} make a text of {max(sizes)} tokens; {limit[1]} takes {limit[0]}. Leave "
+                "out long questions, or lower answer_tokens."
+            )
+
+    def _check_lengths(self) -> None:
         lengths = self.lengths + (self.val_lengths if self.val_examples else [])
         tokens = max(lengths) + (0 if self.supervision == "text" else self.answer_settings.max_tokens)
-        most = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
-        if self.documents is not None and most is not None and tokens > most:
+        limit = self._limit
+        if self.documents is not None and limit is not None and tokens > limit[0]:
             raise DataError(
                 f"lengths={self.lengths}, val_lengths={self.val_lengths} and answer_tokens make texts of {tokens} tokens; "
-                f"{source} takes {most}. Lower them."
+                f"{limit[1]} takes {limit[0]}. Lower them."
             )
 
     def _text(self, filler: Filler, length: int) -> CalibrationExample:

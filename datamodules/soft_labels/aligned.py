@@ -1,6 +1,7 @@
 """A store's sequences for a student with another tokenizer: its tokens of the same text, and the labels that fit them."""
 
 import io
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Literal
@@ -167,7 +168,7 @@ def stored_alignment(store: SoftLabelStore, tokenizer: PreTrainedTokenizerBase) 
                 found = VocabularyAlignment(file["ids"], file["exact"])
             if len(found.ids) == len(found.exact) == size and found.ids.max() < len(tokenizer):
                 return found
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise StoreError(f"{path} is damaged ({error}). Delete it: it is made again.") from error
         raise StoreError(f"{path} is of other vocabularies. Delete it: it is made again.")
     made = VocabularyAlignment.of(spelling, tokenizer, size)

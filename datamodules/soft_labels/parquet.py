@@ -115,7 +115,8 @@ def import_parquet(
         folder: Of the store, made when missing.
         teacher: Name of the teacher; labels of another name go to another store.
         tokenizer: The teacher's.
-        vocabulary: Number of ids of the teacher's head; None takes that of the tokenizer.
+        vocabulary: Number of ids of the teacher's head; None takes that of the store that the file was exported from, or of
+            the tokenizer.
         temperature: That the log-probabilities were made with.
 
     Returns:
@@ -125,9 +126,8 @@ def import_parquet(
         InputError: If a column is missing, or a row cannot be labels; the message names the row.
     """
     pyarrow = _arrow()
-    vocabulary = len(tokenizer) if vocabulary is None else vocabulary
-    if vocabulary < len(tokenizer):
-        raise InputError(f"vocabulary={vocabulary} is less than the tokenizer has. Legal: {len(tokenizer)} or more.")
+    if vocabulary is not None and vocabulary < 1:
+        raise InputError(f"vocabulary={vocabulary} has no id. Legal: 1 or more, as the teacher's head has rows.")
     if not Path(path).is_file():
         raise InputError(f"{path} is no file. Give a Parquet file with input_ids, top_ids and top_log_probabilities.")
     try:
@@ -141,8 +141,9 @@ def import_parquet(
     wrong = [f"{name}: {kind}" for name, kind in types.items() if kind.count("list<") != 1 + name.startswith("top_")]
     if wrong:
         raise InputError(f"{path} has {', '.join(wrong)}. Needed: input_ids as lists of integers, the others as lists of lists.")
-    _check_origin(file, path, tokenizer, temperature)
-    most = max((len(label) for row in _rows(file, "top_ids") for label in row["top_ids"]), default=0)
+    origin = _checked_origin(file, path, tokenizer, temperature)
+    vocabulary = int(origin.get("vocabulary", len(tokenizer))) if vocabulary is None else vocabulary
+    most = max((len(label or []) for row in _rows(file, "top_ids") for label in row["top_ids"] or []), default=0)
     if not most:
         raise InputError(f"{path} has no labels: every entry of top_ids is empty.")
     settings = LabelSettings(k=most, temperature=temperature)
@@ -176,8 +177,8 @@ def import_parquet(
     return int(file.metadata.num_rows)
 
 
-def _check_origin(file: Any, path: Path, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
-    """Refuse what contradicts the header of the store that the file was exported from."""
+def _checked_origin(file: Any, path: Path, tokenizer: PreTrainedTokenizerBase, temperature: float) -> dict[str, Any]:
+    """Return the header of the store that the file was exported from, if it was, and refuse what contradicts it."""
     header = json.loads((file.schema_arrow.metadata or {}).get(_METADATA, b"{}"))
     settings = header.get("settings", {})
     if settings.get("selection") in ("sampled", "random"):
@@ -189,6 +190,7 @@ def _check_origin(file: Any, path: Path, tokenizer: PreTrainedTokenizerBase, tem
         raise InputError(f"temperature={temperature}, but {path} was exported with {settings['temperature']}. Give that.")
     if header.get("tokenizer_fingerprint", ours := tokenizer_fingerprint(tokenizer)) != ours:
         raise InputError(f"{path} was exported from a store of another tokenizer than the one given. Give the teacher's own.")
+    return header
 
 
 def _rows(file: Any, *columns: str) -> Iterator[dict[str, Any]]:
@@ -206,8 +208,10 @@ def _sequence(row: dict[str, Any], vocabulary: int, where: str) -> StoredSequenc
 
 
 def _checked_sequence(row: dict[str, Any], vocabulary: int, where: str) -> StoredSequence:
-    tokens = np.array(row["input_ids"], dtype=np.int64)
-    top, log_p = row["top_ids"], row["top_log_probabilities"]
+    tokens = np.array(row["input_ids"] or [], dtype=np.int64)
+    top, log_p = row["top_ids"] or [], row["top_log_probabilities"] or []
+    if not len(tokens):
+        raise InputError(f"{where}: input_ids is empty. Leave rows without a text out.")
     if len(top) != len(tokens) or len(log_p) != len(tokens):
         raise InputError(
             f"{where}: {len(tokens)} input_ids, {len(top)} top_ids, {len(log_p)} top_log_probabilities. Each needs one a token."
@@ -224,7 +228,8 @@ def _checked_sequence(row: dict[str, Any], vocabulary: int, where: str) -> Store
     for name, numbers in (("input_ids", tokens), ("top_ids", ids)):
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < vocabulary:
             raise InputError(
-                f"{where}: {name} has an id outside the vocabulary of {vocabulary}. Give the teacher's own tokenizer."
+                f"{where}: {name} has an id outside the vocabulary of {vocabulary}. Give the teacher's own tokenizer, or with "
+                "--vocabulary as many ids as its head has rows."
             )
     owner = np.repeat(np.arange(len(tokens)), counts)
     if len(np.unique(owner * vocabulary + ids)) < len(ids):
@@ -234,7 +239,7 @@ def _checked_sequence(row: dict[str, Any], vocabulary: int, where: str) -> Store
     if np.isnan(values).any() or mass.max(initial=0) > 1.01:
         raise InputError(f"{where}: top_log_probabilities are none: they add up to more than 1, or are not numbers.")
     starts = np.array(row.get("starts") or [0], dtype=np.int64)
-    if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= max(len(tokens), 1):
+    if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens):
         raise InputError(f"{where}: starts={starts.tolist()} are no beginnings of pieces: they rise from 0, below {len(tokens)}.")
     order = np.lexsort((-p, owner))
     places = supervised.nonzero()[0]

@@ -24,6 +24,7 @@ LISTED = 2048  # ids at most in a topic's own order; others follow in the order 
 _SCALE = 1 << 14  # what the frequencies of a table add up to: exact in any arithmetic
 _ROUNDS = 5  # of assigning tokens to topics
 _SAMPLE = 16384  # tokens that topics are found on
+_LABELS_AT_ONCE = 1 << 18  # whose scores exist at the same time, 64 MiB of them
 _SMOOTHING = 800.0  # labels' worth of the order of all in each topic
 _MAGIC = b"FLGT"
 _HEAD = struct.Struct("<4sIII")  # magic, CRC-32 of the rest, ids in the order, topics
@@ -163,7 +164,17 @@ class LabelTables:
         """
         if len(self.topics) == 1 or not len(ids):
             return np.zeros(len(starts), dtype=np.int64)
-        return np.add.reduceat(self._scores[self._listed[0][ids]], starts, axis=0).argmin(axis=1)
+        columns, scores = self._listed[0][ids], self._scores
+        found = np.empty(len(starts), dtype=np.int64)
+        stops = np.append(starts[1:], len(ids))
+        first = 0
+        while first < len(starts):  # a score for each label and topic is too much for all tokens at once
+            last = max(first + 1, int(np.searchsorted(stops, starts[first] + _LABELS_AT_ONCE, side="right")))
+            some = slice(int(starts[first]), int(stops[last - 1]))
+            sums = np.add.reduceat(scores[columns[some]], starts[first:last] - starts[first], axis=0)
+            found[first:last] = sums.argmin(axis=1)
+            first = last
+        return found
 
     def rank(self, ids: np.ndarray, topics: np.ndarray) -> np.ndarray:
         """Return the rank of each id in the order of its topic, int64 [labels]."""

@@ -83,10 +83,11 @@ def teacher_says(source: str, text: str, tokens: int | None, theta: float) -> tu
     found: dict[str, list[Labels]] = {name: [] for name in settings}
     count = len(data.train_set)  # type: ignore[arg-type]
     for start in track(range(0, count, _PART), description="reading the text"):
-        path = cache_folder("teacher_says", key, f"{start:06d}.npz")
+        stop = min(start + _PART, count)
+        path = cache_folder("teacher_says", key, f"{start:06d}-{stop:06d}.npz")
         if not path.is_file():
             arrays: dict[str, np.ndarray] = {}
-            for number in range(start, min(start + _PART, count)):
+            for number in range(start, stop):
                 for name, labels in _read(model, data._collate([data.train_set[number]]), settings).items():
                     arrays |= {f"{name} {number:06d} {part}": values for part, values in vars(labels).items()}
             with atomic_file(path) as temporary, open(temporary, "wb") as file:

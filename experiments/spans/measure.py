@@ -18,7 +18,7 @@ from ...datamodules.self_generated.prompts import PromptForm, retrieval
 from ...datamodules.self_generated.texts import Filler, pieces
 from ...errors import InputError
 from ...modules.pretrained import Dtype, head_weight, load_model, load_tokenizer
-from ...modules.span_attention.rules import SpanPlan, SpanRule
+from ...modules.span_attention.rules import SpanPlan, SpanRule, full_layers
 from ...modules.spans import Budget, CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
 from ...modules.spans.ablation import ablate, compare_with_ablation
 from ...modules.spans.fidelity import Fidelity, answer_states, fidelity
@@ -205,7 +205,8 @@ def ranking(
     profile = SpanProfiler(candidates, loss=chosen.loss).profile(loaded, sets[0])
     ours = profile.mean(chosen.form, chosen.rows)[:, :, profile.rules.index(short)]
     changes = ablate(loaded, sets[1], short, sink=candidates.sink, loss="margin")
-    return compare_with_ablation(ours, changes.mean(axis=0))
+    own = full_layers(loaded.config)
+    return compare_with_ablation(ours[own], changes.mean(axis=0)[own])
 
 
 def profiling(*, seed: int, source: str, length: int, texts: int, density: float) -> dict[str, float]:

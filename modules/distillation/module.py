@@ -135,7 +135,8 @@ class SoftLabelDistillation(LanguageModel):
         if size != ours:
             raise InputError(
                 f"The head of source={self.source.name!r} has {ours} rows, that of {whose} {size}: their distributions are not "
-                "over the same ids. Pad the smaller embedding (resize_token_embeddings) and save the model again."
+                "over the same ids. Pad the smaller embedding (resize_token_embeddings) and save the model again; labels of a "
+                "file can be imported again with --vocabulary."
             )
 
     def soft_targets(self, batch: Batch) -> SoftTargets | None:
@@ -143,7 +144,10 @@ class SoftLabelDistillation(LanguageModel):
         targets = shift_labels(batch["labels"])
         text = targets[targets != -100]
         if "soft_labels" in batch:
-            return KeptLabelTargets(batch["soft_labels"], self.divergence, self.remainder, text)
+            labels = batch["soft_labels"]
+            # A teacher of another tokenizer says nothing of the text's own token: with it, there is no divergence to report.
+            split = self.training or labels.chunk_tokens is None or self.remainder != "text_tail"
+            return KeptLabelTargets(labels, self.divergence, self.remainder if split else "tail_bucket", text)
         if not self._teacher:
             return None
         teacher = self._teacher[0]
@@ -278,5 +282,6 @@ class SoftLabelDistillation(LanguageModel):
         data = getattr(self.trainer, "datamodule", None)
         if self.teacher_source is not None or getattr(data, "val_has_soft_labels", self.mean_kl.update_called):
             self.log(f"{stage}_kl", self.mean_kl.compute())
-            self.log(f"{stage}_agreement", self.mean_agreement.compute())
+            if getattr(data, "alignment", None) != "positions":  # its ids are not the student's
+                self.log(f"{stage}_agreement", self.mean_agreement.compute())
         super()._log_evaluation(stage)

@@ -95,7 +95,8 @@ class SoftLabelTeacher(LightningModule):
             return None
         chosen = {name: batch[name][rows] for name in ("input_ids", "position_ids", "labels")}
         assert self.model is not None
-        labels = teacher_labels(self.model, chosen, self.selection)
+        with torch.autocast(self.device.type, enabled=False):  # ``weights`` alone says in which type it computes
+            labels = teacher_labels(self.model, chosen, self.selection)
         return CapturedLabels(rows, (shift_labels(chosen["labels"]) != -100).sum(dim=1).tolist(), labels)
 
 

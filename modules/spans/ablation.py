@@ -78,8 +78,8 @@ def compare_with_ablation(influence: np.ndarray, changes: np.ndarray) -> dict[st
     """Return how well the influence of heads agrees with their ablation.
 
     Args:
-        influence: Cost of the rule that heads were ablated to [layers, key/value heads].
-        changes: Mean change of the loss in ablation [layers, key/value heads].
+        influence: Cost of the rule that heads were ablated to [layers, key/value heads], of layers that have rules.
+        changes: Mean change of the loss in ablation [layers, key/value heads], of the same.
 
     Returns:
         ``rank_correlation`` (Spearman's), and ``worst_ten_in_first_twenty``: how many of the ten heads whose ablation costs most

@@ -20,7 +20,7 @@ from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, linear_loss, shift_labels
 from ..pretrained import Dtype, head_weight, load_config, load_model
 from ..span_attention.attention import attentions
-from ..span_attention.rules import CONFIG_KEY, SpanPlan, plan_of
+from ..span_attention.rules import CONFIG_KEY, SpanPlan, full_layers, plan_of
 from ..span_attention.runtime import apply_plan
 from .ablation import ablate, compare_with_ablation
 from .fidelity import fidelity
@@ -181,12 +181,14 @@ class SpanPruning(LanguageModel):
         if not isinstance(self.planner, Influence):
             log.warning("check=%d is ignored: %s has no influence to check.", self.check, type(self.planner).__name__)
             return {}
-        some = [texts[number * len(texts) // self.check] for number in range(min(self.check, len(texts)))]
+        count = min(self.check, len(texts))
+        some = [texts[number * len(texts) // count] for number in range(count)]
         profile = SpanProfiler(self.candidates, loss=self.planner.loss).profile(self.model, some, processes)
         rule = budget.shortest
         ours = profile.mean(self.planner.form, self.planner.rows)[:, :, profile.rules.index(rule)]
         changes = ablate(self.model, some, rule, sink=budget.sink, loss=self.planner.loss, processes=processes)
-        found = compare_with_ablation(ours, changes.mean(axis=0))
+        own = full_layers(self.model.config)  # heads of the others have no rule
+        found = compare_with_ablation(ours[own], changes.mean(axis=0)[own])
         log.info(
             "Influence and ablation of single heads, %d texts: rank correlation %.2f; of the 10 heads whose ablation costs most, "
             "%d are among the first 20",

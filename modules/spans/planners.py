@@ -155,7 +155,9 @@ class LongOrShort(SpanPlanner):
 
 
 class Ablation(LongOrShort):
-    """Heads by the loss that is measured when each one alone is cut: an upper bound, at one forward pass a head and text.
+    """Heads by the loss that is measured when each one alone is cut, in the rows of the question and the answer.
+
+    No first order: a forward pass a head and text, of those rows alone. What heads lose together is not seen.
 
     Args:
         loss: What is measured: the answer's ``margin`` or ``cross_entropy``.

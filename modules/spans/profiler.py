@@ -43,6 +43,9 @@ class CandidateRules:
             )
         if not self.alphas or not self.betas:
             raise InputError("alphas and betas each need at least one number, such as alphas: [0], betas: [0, 0.5].")
+        for beta in self.betas:
+            if not 0 <= beta <= 1:
+                raise InputError(f"betas={self.betas}: {beta} is no share of the position. Legal: 0 to 1.")
         self.rules()
 
     def rules(self) -> list[SpanRule]:

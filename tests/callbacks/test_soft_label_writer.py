@@ -9,9 +9,10 @@ from fulgurite.modules import LanguageModel, SoftLabelTeacher
 from fulgurite.modules.distillation import LabelSettings
 
 
-def capture(folder, data, stop_after=None, **settings):
+def capture(folder, data, stop_after=None, precision="32-true", **settings):
     writer = SoftLabelWriter(str(folder), **settings)
     run = Trainer(
+        precision=precision,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -39,6 +40,15 @@ def test_stopped_capture_goes_on_without_predicting_again(tmp_path, text_file):
     assert first.captured_tokens + rest.captured_tokens == whole.captured_tokens
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert capture(tmp_path / "parts", text(text_file)).captured_tokens == 0
+
+
+def test_labels_do_not_depend_on_the_trainers_precision(tmp_path, text_file):
+    capture(tmp_path / "one", text(text_file), stop_after=2)
+    capture(tmp_path / "two", text(text_file), stop_after=2, precision="bf16-mixed")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    with pytest.raises(InputError, match=r"trainer.precision='16-true' would turn the teacher's weights into float16"):
+        capture(tmp_path / "three", text(text_file), precision="16-true")
+    assert not (tmp_path / "three").exists()
 
 
 def test_instruction_rows_keep_labels_of_responses_only(tmp_path):

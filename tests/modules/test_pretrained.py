@@ -15,6 +15,8 @@ from fulgurite.modules.pretrained import (
     token_byte_lengths,
     tokenizer_fingerprint,
 )
+from fulgurite.modules.span_attention.rules import SpanPlan, SpanRule
+from fulgurite.modules.span_attention.runtime import apply_plan, remove_plan
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 
 
@@ -32,6 +34,15 @@ def test_random_tiny_is_the_same_every_time_and_leaves_the_random_state_alone():
     assert torch.equal(torch.rand(1), expected)
     assert model_fingerprint(first) == model_fingerprint(second)
     assert sum(parameter.numel() for parameter in first.parameters()) < 50_000
+
+
+def test_spans_have_a_fingerprint_of_their_own():
+    dense, few, other = (tiny_model() for _ in range(3))
+    for model, beta in ((few, 0.25), (other, 0.5)):
+        apply_plan(model, SpanPlan.same(SpanRule(0, beta), model.config, sink=2))
+    assert len({model_fingerprint(model) for model in (dense, few, other)}) == 3
+    remove_plan(few)
+    assert model_fingerprint(few) == model_fingerprint(dense)
 
 
 def test_folder_source_loads_what_was_saved(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from fulgurite.datamodules import SelfGeneratedCalibration
 from fulgurite.datamodules.self_generated import datamodule as module
@@ -35,10 +37,11 @@ def questions(tmp_path):
     return str(path)
 
 
-def made(documents, **settings):
+def made(documents, trainer=None, **settings):
     small = {"lengths": [250, 300], "examples": 2, "val_examples": 1, "answer_tokens": 6, "show": 0}
     whose = {"answers_from": "random:tiny", "tokenizer": "random:tiny", "seed": 0}
     data = SelfGeneratedCalibration(documents, **{**small, **whose, **settings})
+    data.trainer = trainer
     data.prepare_data()
     data.setup()
     return data
@@ -73,6 +76,15 @@ def test_the_same_settings_give_the_same_set_from_the_cache(documents, monkeypat
     assert made(documents, temperature=0.7).hashes() == first.hashes()
     monkeypatch.undo()
     assert made(documents, temperature=0.7, seed=1).hashes() != first.hashes()
+
+
+def test_answers_are_drawn_from_the_whole_distribution(documents, monkeypatch):
+    given = []
+    generate = LlamaForCausalLM.generate
+    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda self, **kw: given.append(kw) or generate(self, **kw))
+    made(documents, temperature=1.0, kinds=["summary"])
+    assert all(settings["top_k"] == 0 for settings in given)
+    assert given
 
 
 def test_training_and_validation_have_no_document_in_common(documents):
@@ -224,8 +236,31 @@ def test_bad_settings_are_refused(documents, settings, message):
 def test_long_questions_are_refused(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({"question": prose(100, n)}) + "\n" for n in range(8)))
-    with pytest.raises(InputError, match=r"make a text of \d+ tokens; the model takes 512"):
+    with pytest.raises(InputError, match=r"make a text of \d+ tokens; random:tiny takes 512"):
         made(None, questions=str(path))
+
+
+def test_the_model_that_is_trained_has_to_take_the_texts_too(tmp_path, documents):
+    short = tiny_model()
+    short.config.max_position_embeddings = 256
+    short.save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(source=SimpleNamespace(name=str(tmp_path / "short")), tokenizer=tiny_tokenizer()),
+        global_rank=0,
+        world_size=1,
+    )
+    with pytest.raises(InputError, match=r"texts of 306 tokens; .*short takes 256"):
+        made(documents, trainer)
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n}?", "answer": prose(60, n)}) + "\n" for n in range(8)))
+    with pytest.raises(InputError, match=r"their answers make a text of \d+ tokens; .*short takes 256"):
+        made(None, trainer, questions=str(path), supervision="human")
+
+
+def test_questions_are_divided_by_what_is_asked_for(questions):
+    data = made(None, questions=questions, lengths=[250], val_lengths=[400], examples=6, val_examples=6)
+    assert [len(part) for part in (data.train_set, data.val_set)] == [6, 6]
 
 
 def test_one_long_document_is_divided(tmp_path, caplog):

@@ -29,6 +29,7 @@ def test_what_goes_out_comes_in_again(tmp_path):
     assert taken(tmp_path) == 1
     assert taken(tmp_path) == 1  # once more changes nothing
     again = SoftLabelStore(tmp_path / "again")
+    assert again.header.vocabulary == store.header.vocabulary
     assert len(list(again.verify())) == 1
     assert again.spelling() == SPELLED["large"]
     found = again.read(again.keys[0])
@@ -69,8 +70,11 @@ def dump(tmp_path, **changes):
     )
 
 
+NOTHING_LAST = {"top_ids": [[6, 9], [1, 2, 7], [8]], "top_log_probabilities": [[-0.5, -2.0], [-3.0, -1.0, -1.5], [-0.1]]}
+
+
 def test_log_probabilities_of_a_server_become_labels(tmp_path):
-    dump(tmp_path)
+    dump(tmp_path, **{name: [*values, None] for name, values in NOTHING_LAST.items()})
     assert taken(tmp_path, "d.parquet") == 1
     store = SoftLabelStore(tmp_path / "again")
     labels = store.example(store.keys[0])["soft_labels"]
@@ -85,6 +89,7 @@ def test_log_probabilities_of_a_server_become_labels(tmp_path):
     [
         ({"top_ids": None}, "has no column top_ids"),
         ({"top_ids": [[], [], [], []], "top_log_probabilities": [[], [], [], []]}, "every entry of top_ids is empty"),
+        ({"input_ids": []}, "row 0: input_ids is empty"),
         ({"top_ids": [[6, 9], [1, 2, 7], [8]]}, "4 input_ids, 3 top_ids"),
         ({"top_ids": [[6], [1, 2, 7], [8], []]}, "differ at a token"),
         ({"top_ids": [[6, 6], [1, 2, 7], [8], []]}, "the same id twice"),

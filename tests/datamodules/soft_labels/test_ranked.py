@@ -130,6 +130,17 @@ def test_what_was_learnt_makes_records_small():
     assert sizes[2] < 0.85 * sizes[1] < 0.85 * sizes[0]
 
 
+def test_topics_of_many_labels_are_those_of_few_at_once(monkeypatch):
+    made = [sequence(seed, 200, most=40) for seed in range(4)]
+    codec = codec_for(500, learnt=made)
+    labels = codec.rounded(made[0])
+    starts = np.cumsum(filled := labels.counts[labels.counts > 0]) - filled
+    at_once = codec.tables(1).topic_of(labels.ids, starts)
+    monkeypatch.setattr("fulgurite.datamodules.soft_labels.tables._LABELS_AT_ONCE", 50)
+    np.testing.assert_array_equal(codec.tables(1).topic_of(labels.ids, starts), at_once)
+    assert len(set(at_once.tolist())) > 3
+
+
 @pytest.mark.parametrize(("steps", "bound"), [(ValueSteps(), 1e-3), (ValueSteps("log", 0.05), 1e-3)])
 def test_rounding_costs_little_divergence(steps, bound):
     random = np.random.default_rng(0)

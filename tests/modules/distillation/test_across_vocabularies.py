@@ -90,6 +90,25 @@ def test_figures_count_the_tokens_that_have_labels(tmp_path, store):
     assert float(run.callback_metrics["val_agreement"]) == pytest.approx(agreeing / labelled, rel=1e-4)
 
 
+def test_validation_says_the_same_of_a_student_whatever_becomes_of_the_tail(tmp_path, store):
+    """What the text teaches within the tail is learnt, but no divergence from the teacher."""
+    found = []
+    for remainder in ("tail_bucket", "text_tail"):
+        run = trainer(tmp_path)
+        data = SoftLabelDataModule(store, val_store=store, batch_size=2, alignment="vocabulary")
+        run.validate(student(remainder=remainder), datamodule=data, verbose=False)
+        found.append(float(run.callback_metrics["val_kl"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_no_agreement_is_logged_of_ids_that_are_not_the_students(tmp_path, store):
+    run = trainer(tmp_path)
+    data = SoftLabelDataModule(store, val_store=store, batch_size=2, alignment="positions")
+    run.validate(student(divergence="uld"), datamodule=data, verbose=False)
+    assert "val_kl" in run.callback_metrics
+    assert "val_agreement" not in run.callback_metrics
+
+
 def test_forms_for_another_tokenizer_are_refused_with_ones_own(tmp_path, text_file):
     own = tmp_path / "own"
     tiny_model(seed=3).save_pretrained(own)

@@ -171,11 +171,8 @@ def test_a_head_that_copies_has_the_induction_score():
         (lambda: Budget(0.5, (64,), CANDIDATES, 0), r"rules_per_layer=0"),
         (lambda: SpanProfiler(CandidateRules(sink=-1)), r"sink=-1 is below 0"),
         (lambda: SpanProfiler(CandidateRules(alphas=[])), r"each need at least one number"),
+        (lambda: SpanProfiler(CandidateRules(alphas=[0], betas=[0, 25])), r"betas=\[0, 25\]: 25 is no share of the position"),
         (lambda: SpanProfiler(CandidateRules(window=0)), r"window=0 leaves a head without the token"),
-        (
-            lambda: SpanProfiler(CandidateRules(betas=[1.5])),
-            r"alpha=-384, beta=1.5, least=32 is no span. Legal: beta from 0 to 1",
-        ),
         (lambda: Influence(rounds=-1), r"rounds=-1 is below 0"),
         (lambda: Influence(whole=[0.5, 2]), r"whole=\[0.5, 2\]: each is a share"),
         (lambda: HeadGates(steps=0), r"steps=0 trains no gate"),
