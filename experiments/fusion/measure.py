@@ -66,7 +66,7 @@ def decoding(*, seed: int, model: str, source: str, tokens: int, rounds: int, we
 
     seconds, _, ratio = pairs(partial(write, small), partial(write, large), rounds, "decoding")
     parameters = sum(part.numel() for part in small.parameters())
-    embedding = small.get_input_embeddings().weight.numel()  # type: ignore[union-attr,operator]
+    embedding = small.get_input_embeddings().weight.numel()
     return {
         "parameters": parameters,
         "parameters_without_embedding": parameters - embedding,
@@ -105,11 +105,11 @@ def operator_step(
     resolved = FusionShape(**shape).resolve(large.config)
     fused = start.begin("joint", large, resolved, rows_of({name: part[:2] for name, part in batch.items()})).model
     plain = materialise(fused).train()
-    steps = [_stepper(model, batch, checkpointing) for model in (fused, plain)]
-    for step in steps:
+    through, direct = (_stepper(model, batch, checkpointing) for model in (fused, plain))
+    for step in (through, direct):
         step()  # gradients and moments are there now
-    own, other = (max(extra_memory(step) for _ in range(2)) for step in steps)
-    seconds, plain_seconds, ratio = pairs(*steps, rounds, f"{tokens} tokens")
+    own, other = (max(extra_memory(step) for _ in range(2)) for step in (through, direct))
+    seconds, plain_seconds, ratio = pairs(through, direct, rounds, f"{tokens} tokens")
     small = sum(part.nbytes for part in plain.parameters())
     learnt = 4 * sum(part.nbytes for part in fused.parameters() if part.requires_grad)
     return {
