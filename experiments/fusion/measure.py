@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...modules.fusion import FusionShape, LearnedFusion, OperatorForms
 from ...modules.fusion.fused import materialise
-from ...modules.fusion.module import text_loss
+from ...modules.fusion.reading import text_loss
 from ...modules.fusion.statistics import rows_of
 from ...modules.pretrained import Dtype, load_model
 from ..measuring import extra_memory, pairs

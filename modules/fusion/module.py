@@ -5,8 +5,6 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...errors import InputError
@@ -23,10 +21,11 @@ from ..distillation.labels import LabelSettings
 from ..distillation.loss import Divergence, Remainder
 from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch, GenerationSettings
-from ..linear_loss import LossParts, linear_loss, shift_labels
-from ..pretrained import Dtype, head_weight, load_config, load_model
+from ..linear_loss import LossParts, shift_labels
+from ..pretrained import Dtype, load_config, load_model
 from ..student import decoder_layers
-from .fused import FusedTable, materialise
+from .fused import materialise
+from .reading import layer_outputs, readable, text_loss
 from .shape import FusionShape
 from .starts import FusionStart, LearnedFusion, Stage
 from .statistics import Rows, rows_of
@@ -298,7 +297,7 @@ class FusionCompression(SoftLabelDistillation):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states as the head reads them; see ``LanguageModel``."""
         assert self.model is not None
-        return _readable(self.model, super().hidden_states(batch))
+        return readable(self.model, super().hidden_states(batch))
 
     def loss_parts(self, batch: Batch) -> LossParts:
         """Return the loss of a batch of ``SoftLabelDistillation``, with that of the hidden states while operators are learnt."""
@@ -308,7 +307,7 @@ class FusionCompression(SoftLabelDistillation):
         teacher = self._teacher[0]
         last = len(decoder_layers(teacher)) - 1
         behind = [*(centre - 1 for centre in self.centres[1:]), last]
-        with _layer_outputs(self.model) as ours, _layer_outputs(teacher) as theirs:
+        with layer_outputs(self.model) as ours, layer_outputs(teacher) as theirs:
             parts = super().loss_parts(batch)
         operators: Any = self.model.operators
         residual = operators.residual
@@ -369,39 +368,3 @@ class FusionCompression(SoftLabelDistillation):
 
 def _can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
-
-
-@contextmanager
-def _layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect what stands behind each layer, [batch, length, hidden size], while a model reads."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _readable(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Return a model's final hidden states as its head reads them."""
-    head: Any = model.get_output_embeddings()
-    return head.expand(states) if isinstance(head, FusedTable) else states
-
-
-def text_loss(model: PreTrainedModel, batch: Batch, chunk_tokens: int | None = None) -> LossParts:
-    """Return a plain or a fused model's loss of a batch's text.
-
-    Args:
-        model: A plain model, or what ``fuse`` returns.
-        batch: As a DataModule gives it.
-        chunk_tokens: See ``linear_loss``.
-    """
-    targets = shift_labels(batch["labels"])
-    supervised = targets != -100
-    states = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
-    return linear_loss(_readable(model, states)[supervised], head_weight(model), targets[supervised], chunk_tokens=chunk_tokens)

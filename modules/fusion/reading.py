@@ -1,0 +1,50 @@
+"""How a plain or a fused model reads a text: its states layer by layer, as its head reads them, and its loss."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..language_model import Batch
+from ..linear_loss import LossParts, linear_loss, shift_labels
+from ..pretrained import head_weight
+from ..student import decoder_layers
+from .fused import FusedTable
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what stands behind each layer, [batch, length, hidden size], while a model reads."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def readable(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Return a model's final hidden states as its head reads them."""
+    head: Any = model.get_output_embeddings()
+    return head.expand(states) if isinstance(head, FusedTable) else states
+
+
+def text_loss(model: PreTrainedModel, batch: Batch, chunk_tokens: int | None = None) -> LossParts:
+    """Return a plain or a fused model's loss of a batch's text.
+
+    Args:
+        model: A plain model, or what ``fuse`` returns.
+        batch: As a DataModule gives it.
+        chunk_tokens: See ``linear_loss``.
+    """
+    targets = shift_labels(batch["labels"])
+    supervised = targets != -100
+    states = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+    return linear_loss(readable(model, states)[supervised], head_weight(model), targets[supervised], chunk_tokens=chunk_tokens)
