@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -143,6 +143,20 @@ class Prefix(nn.Module):
         """Return the rows of a layer, None where it has none."""
         assert self.settings.layers is not None
         return self.rows[self.settings.layers.index(layer)] if layer in self.settings.layers else None
+
+    def within(self, start: int, stop: int) -> "Prefix":
+        """Return the rows of some neighbouring layers, counted from ``start``; they stay the same parameters.
+
+        Args:
+            start: The first of the layers.
+            stop: The one behind the last.
+        """
+        own = [(layer, place) for place, layer in enumerate(self.settings.layers or ()) if start <= layer < stop]
+        found = Prefix.__new__(Prefix)
+        nn.Module.__init__(found)
+        found.settings = replace(self.settings, layers=tuple(layer - start for layer, _ in own) or None)
+        found.rows = nn.ParameterList(self.rows[place] for _, place in own)
+        return found
 
     def save(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the rows and a manifest; what stood there is replaced when the new one is complete.
