@@ -16,7 +16,7 @@ from fulgurite.modules.fusion import (
     materialise,
 )
 from fulgurite.modules.fusion.fused import FusedLinear
-from fulgurite.modules.fusion.shape import count_parameters, head_dim
+from fulgurite.modules.fusion.shape import SIZES, count_parameters, head_dim
 from fulgurite.modules.student import keep_layers
 
 from .small import LAYERS, batch_of, logits, model_of
@@ -39,7 +39,7 @@ def test_identity_operators_give_the_original(kind, tied):
     model = model_of(kind, tie_word_embeddings=tied)
     config, size = model.config, head_dim(model.config)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    shape = FusionShape(**{name: getattr(config, name) for name in FusionShape.__dataclass_fields__ if name != "parameters"})
+    shape = FusionShape(**{name: getattr(config, name) for name in SIZES})
     expected = logits(model)
     assert torch.equal(logits(fuse(copy.deepcopy(model), shape, FusionOperators([{}] * LAYERS)).eval()), expected)
     identities = {
