@@ -42,6 +42,6 @@ clean:
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,data,report,spans,sweep,eval]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,data,report,spans,sweep,eval,offsite]"
 	mkdir -p .venv/types  # mypy finds the package, whose root is this folder, through a link in it
 	touch $@

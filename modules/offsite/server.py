@@ -1,0 +1,148 @@
+"""The owner's service: its layers behind gRPC, for parties that it knows, over TLS."""
+
+import hmac
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from ...errors import InputError
+from ..pretrained import model_fingerprint
+from .frames import Frame, decode
+from .owner import OwnerLayers, UnknownStep
+from .protocol import SERVICE, TOKEN_KEY, SplitShape, prefix_of, requests, stacked
+
+log = logging.getLogger(__name__)
+
+
+def shape_of(layers: OwnerLayers) -> SplitShape:
+    """Return the sizes that parties have to know of the owner's layers."""
+    part, config = layers.part, layers.part.body.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return SplitShape(int(config.hidden_size), int(config.num_key_value_heads * size), part.stop - part.start)
+
+
+class OwnerServer:
+    """Serves the owner's layers until it is stopped.
+
+    Every call needs the token of a party, and is answered in turn. A message that is none, or breaks a rule, is refused by name
+    with ``INVALID_ARGUMENT``; a step that is not known, with ``FAILED_PRECONDITION``, which tells the party to send it again.
+
+    Args:
+        layers: The owner's layers.
+        tokens: Token of each party.
+        certificate: PEM file of the server's certificate.
+        key: PEM file of its private key.
+        address: To listen at; port 0 takes a free one.
+        most_message_bytes: Of a message; longer ones are refused before they are read.
+        most_calls: Calls at the same time; more are refused with ``RESOURCE_EXHAUSTED``.
+
+    Raises:
+        InputError: If there is no party, a file is missing, or the address cannot be had.
+    """
+
+    def __init__(
+        self,
+        layers: OwnerLayers,
+        *,
+        tokens: Mapping[str, str],
+        certificate: Path,
+        key: Path,
+        address: str = "localhost:0",
+        most_message_bytes: int = 1 << 26,
+        most_calls: int = 32,
+    ) -> None:
+        if not tokens or any(len(token) < 16 for token in tokens.values()):
+            raise InputError("tokens: each party needs one of at least 16 characters, and there has to be a party.")
+        self.layers, self._tokens = layers, {name: token.encode() for name, token in tokens.items()}
+        self._shape = shape_of(layers)
+        self._rules = requests(self._shape)
+        self._model = model_fingerprint(layers.part.body)
+        self._server = grpc.server(
+            ThreadPoolExecutor(max_workers=4, thread_name_prefix="owner"),
+            options=[
+                ("grpc.max_receive_message_length", most_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # or two owners would share a port, and a party would find the one or the other
+            ],
+            maximum_concurrent_rpcs=most_calls,
+        )
+        self._server.add_generic_rpc_handlers((_Calls(self._answer, self._rules),))
+        try:
+            credentials = grpc.ssl_server_credentials([(Path(key).read_bytes(), Path(certificate).read_bytes())])
+            self.port = self._server.add_secure_port(address, credentials)
+        except OSError as error:
+            raise InputError(f"certificate={str(certificate)!r}, key={str(key)!r}: {error}.") from error
+        except RuntimeError as error:
+            raise InputError(f"address={address!r} cannot be had: {error}. Give another port, or 0 for a free one.") from error
+
+    def start(self) -> "OwnerServer":
+        """Begin to answer."""
+        self._server.start()
+        return self
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Answer no new calls, and end when those at work are done or ``grace`` seconds have gone by."""
+        self._server.stop(grace).wait()
+
+    def wait(self) -> None:
+        """Wait until the server is stopped."""
+        self._server.wait_for_termination()
+
+    def _party(self, context: grpc.ServicerContext) -> str | None:
+        given = dict(context.invocation_metadata()).get(TOKEN_KEY, "")
+        offered = given.removeprefix("Bearer ").encode() if isinstance(given, str) else b""
+        # All are compared, so that the time tells nothing of which one is nearest.
+        found = [name for name, token in self._tokens.items() if hmac.compare_digest(token, offered)]
+        return found[0] if found else None
+
+    def _answer(self, name: str, data: bytes, context: grpc.ServicerContext) -> bytes:
+        party = self._party(context)
+        if party is None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "The token is of no party. Ask the owner for yours.")
+        try:
+            frame = decode(data, {name: self._rules[name]})
+            return self._reply(name, str(party), frame).encode()
+        except UnknownStep as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except InputError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except Exception:
+            log.exception("call %s of party %s", name, party)
+            context.abort(grpc.StatusCode.INTERNAL, "The owner failed on this call; its log says how.")
+        raise AssertionError("abort does not return")
+
+    def _reply(self, name: str, party: str, frame: Frame) -> Frame:
+        layers, told = self.layers, frame.fields
+        if name == "health":
+            part, shape = layers.part, self._shape
+            sizes = {"hidden_size": shape.hidden_size, "key_value_size": shape.key_value_size}
+            return Frame(name, {"model": self._model, "cut": part.start, "layers": part.layers, **sizes})
+        if name == "begin":
+            layers.begin(party, told["step"], prefix_of(frame))
+            return Frame(name)
+        if name == "forward":
+            return Frame(name, {}, {"states": layers.forward(party, told["step"], told["batch"], frame.tensors["states"])})
+        if name == "backward":
+            return Frame(name, {}, {"gradient": layers.backward(party, told["step"], told["batch"], frame.tensors["gradient"])})
+        gradients = layers.collect(party, told["step"])
+        return Frame(name, {}, stacked("prompts" if gradients[0].dim() == 2 else "key_values", gradients))
+
+
+class _Calls(grpc.GenericRpcHandler):
+    """Finds the handler of a call by its path; messages are bytes."""
+
+    def __init__(self, answer: Callable[[str, bytes, Any], bytes], rules: Mapping[str, Any]) -> None:
+        self._handlers = {
+            f"/{SERVICE}/{name}": grpc.unary_unary_rpc_method_handler(
+                lambda data, context, name=name: answer(name, data, context)
+            )
+            for name in rules
+        }
+
+    def service(self, handler_call_details: Any) -> Any:
+        """Return the handler of a call, None for an unknown one."""
+        return self._handlers.get(handler_call_details.method)
