@@ -7,11 +7,6 @@ import os
 import secrets
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
 from ...errors import InputError
 from ...files import write_atomic
 
@@ -37,10 +32,39 @@ def make_certificates(folder: Path, *, hosts: list[str], parties: list[str], day
     there = [name for name in names if (folder / name).exists()]
     if there:
         raise InputError(f"{folder} has {', '.join(there)} already. Give another folder, or delete them.")
+    certificate, secret = _self_signed(hosts, days)
+    tokens = {party: secrets.token_urlsafe(32) for party in parties}
+    write_atomic(folder / "owner.crt", certificate)
+    mask = os.umask(0o077)  # nobody else may read these, not even for a moment
+    try:
+        write_atomic(folder / "owner.key", secret)
+        write_atomic(folder / "tokens.json", json.dumps(tokens, indent=2) + "\n")
+        for party, token in tokens.items():
+            write_atomic(folder / f"{party}.token", token + "\n")
+    finally:
+        os.umask(mask)
+
+
+def _self_signed(hosts: list[str], days: float) -> tuple[bytes, bytes]:
+    """Return a certificate and its private key, PEM."""
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import NameOID
+    except ImportError as error:
+        raise InputError("Certificates need the extra offsite: pip install 'fulgurite[offsite]'.") from error
+
+    def named(host: str) -> x509.GeneralName:
+        try:
+            return x509.IPAddress(ipaddress.ip_address(host))
+        except ValueError:
+            return x509.DNSName(host)
+
     key = ec.generate_private_key(ec.SECP256R1())
     own = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fulgurite owner")])
     now = datetime.datetime.now(datetime.UTC)
-    alternatives = x509.SubjectAlternativeName([_host(host) for host in hosts])
+    alternatives = x509.SubjectAlternativeName([named(host) for host in hosts])
     certificate = (
         x509.CertificateBuilder()
         .subject_name(own)
@@ -53,21 +77,5 @@ def make_certificates(folder: Path, *, hosts: list[str], parties: list[str], day
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    tokens = {party: secrets.token_urlsafe(32) for party in parties}
     secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    write_atomic(folder / "owner.crt", certificate.public_bytes(serialization.Encoding.PEM))
-    mask = os.umask(0o077)  # nobody else may read these, not even for a moment
-    try:
-        write_atomic(folder / "owner.key", secret)
-        write_atomic(folder / "tokens.json", json.dumps(tokens, indent=2) + "\n")
-        for party, token in tokens.items():
-            write_atomic(folder / f"{party}.token", token + "\n")
-    finally:
-        os.umask(mask)
-
-
-def _host(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+    return certificate.public_bytes(serialization.Encoding.PEM), secret

@@ -5,14 +5,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import grpc
 from torch import Tensor
 
 from ...errors import InputError
 from .frames import Frame, FrameError, decode
 from .owner import UnknownStep
 from .prefix import Prefix
-from .protocol import SERVICE, TOKEN_KEY, SplitShape, begin_frame, replies
+from .protocol import SERVICE, TOKEN_KEY, SplitShape, begin_frame, load_grpc, replies
 
 log = logging.getLogger(__name__)
 _PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0)  # seconds before a call is asked again; the last one goes on
@@ -43,6 +42,7 @@ class OwnerClient:
             raise InputError(f"certificate={str(certificate)!r} cannot be read: {error}.") from error
         self.address, self.patience, self.deadline = address, patience, deadline
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        grpc = self._grpc = load_grpc()
         self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(trusted), options=unlimited)
         self._metadata = ((TOKEN_KEY, f"Bearer {token}"),)
         self._shape: SplitShape | None = None
@@ -92,7 +92,7 @@ class OwnerClient:
         for attempt in range(1 << 30):
             try:
                 answer: bytes = call(data, metadata=self._metadata, timeout=self.deadline)
-            except grpc.RpcError as error:
+            except self._grpc.RpcError as error:
                 self._consider(error, name, until)
                 pause = _PAUSES[min(attempt, len(_PAUSES) - 1)]
                 log.info("The owner at %s does not answer; asking again in %.2g s", self.address, pause)
@@ -105,12 +105,12 @@ class OwnerClient:
 
     def _consider(self, error: Any, name: str, until: float) -> None:
         """Return where a call may be asked again; raise what the owner said otherwise."""
-        code, details = error.code(), error.details() or ""
-        if code == grpc.StatusCode.FAILED_PRECONDITION:
+        code, details, status = error.code(), error.details() or "", self._grpc.StatusCode
+        if code == status.FAILED_PRECONDITION:
             raise UnknownStep(details) from error
-        if code == grpc.StatusCode.INVALID_ARGUMENT:
+        if code == status.INVALID_ARGUMENT:
             raise FrameError(f"The owner refuses {name}: {details}") from error
-        if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        if code not in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED):
             raise InputError(f"The owner at {self.address} refuses {name} ({code.name.lower()}): {details}") from error
         if time.monotonic() >= until:
             raise OwnerLost(

@@ -1,11 +1,13 @@
-"""What owner and parties say to each other: the calls, and what each message has to hold. See docs/split-protocol.md."""
+"""What owner and parties say to each other: the calls, and what each message has to hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .frames import Frame, FrameError, MessageRule, TensorRule
 from .prefix import Prefix, PrefixSettings
 
@@ -89,3 +91,16 @@ def prefix_of(frame: Frame) -> Prefix:
 def stacked(kind: str, gradients: list[Tensor]) -> dict[str, Tensor]:
     """Return gradients of rows as the tensors of a message."""
     return {kind: torch.stack(gradients)}
+
+
+def load_grpc() -> Any:
+    """Return the module ``grpc``.
+
+    Raises:
+        InputError: If its extra is not installed.
+    """
+    try:
+        import grpc
+    except ImportError as error:
+        raise InputError("The owner's service needs the extra offsite: pip install 'fulgurite[offsite]'.") from error
+    return grpc

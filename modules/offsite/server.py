@@ -1,19 +1,23 @@
 """The owner's service: its layers behind gRPC, for parties that it knows, over TLS."""
 
+from __future__ import annotations
+
 import hmac
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import grpc
+from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ..pretrained import model_fingerprint
 from .frames import Frame, decode
 from .owner import OwnerLayers, UnknownStep
-from .protocol import SERVICE, TOKEN_KEY, SplitShape, prefix_of, requests, stacked
+from .protocol import SERVICE, TOKEN_KEY, SplitShape, load_grpc, prefix_of, requests, stacked
+
+if TYPE_CHECKING:
+    import grpc
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class OwnerServer:
         self._shape = shape_of(layers)
         self._rules = requests(self._shape)
         self._model = model_fingerprint(layers.part.body)
+        grpc = self._grpc = load_grpc()
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=4, thread_name_prefix="owner"),
             options=[
@@ -70,7 +75,8 @@ class OwnerServer:
             ],
             maximum_concurrent_rpcs=most_calls,
         )
-        self._server.add_generic_rpc_handlers((_Calls(self._answer, self._rules),))
+        handlers = {name: grpc.unary_unary_rpc_method_handler(partial(self._answer, name)) for name in self._rules}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
             credentials = grpc.ssl_server_credentials([(Path(key).read_bytes(), Path(certificate).read_bytes())])
             self.port = self._server.add_secure_port(address, credentials)
@@ -79,7 +85,7 @@ class OwnerServer:
         except RuntimeError as error:
             raise InputError(f"address={address!r} cannot be had: {error}. Give another port, or 0 for a free one.") from error
 
-    def start(self) -> "OwnerServer":
+    def start(self) -> OwnerServer:
         """Begin to answer."""
         self._server.start()
         return self
@@ -100,19 +106,20 @@ class OwnerServer:
         return found[0] if found else None
 
     def _answer(self, name: str, data: bytes, context: grpc.ServicerContext) -> bytes:
+        status = self._grpc.StatusCode
         party = self._party(context)
         if party is None:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "The token is of no party. Ask the owner for yours.")
+            context.abort(status.UNAUTHENTICATED, "The token is of no party. Ask the owner for yours.")
         try:
             frame = decode(data, {name: self._rules[name]})
             return self._reply(name, str(party), frame).encode()
         except UnknownStep as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            context.abort(status.FAILED_PRECONDITION, str(error))
         except InputError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            context.abort(status.INVALID_ARGUMENT, str(error))
         except Exception:
             log.exception("call %s of party %s", name, party)
-            context.abort(grpc.StatusCode.INTERNAL, "The owner failed on this call; its log says how.")
+            context.abort(status.INTERNAL, "The owner failed on this call; its log says how.")
         raise AssertionError("abort does not return")
 
     def _reply(self, name: str, party: str, frame: Frame) -> Frame:
@@ -130,19 +137,3 @@ class OwnerServer:
             return Frame(name, {}, {"gradient": layers.backward(party, told["step"], told["batch"], frame.tensors["gradient"])})
         gradients = layers.collect(party, told["step"])
         return Frame(name, {}, stacked("prompts" if gradients[0].dim() == 2 else "key_values", gradients))
-
-
-class _Calls(grpc.GenericRpcHandler):
-    """Finds the handler of a call by its path; messages are bytes."""
-
-    def __init__(self, answer: Callable[[str, bytes, Any], bytes], rules: Mapping[str, Any]) -> None:
-        self._handlers = {
-            f"/{SERVICE}/{name}": grpc.unary_unary_rpc_method_handler(
-                lambda data, context, name=name: answer(name, data, context)
-            )
-            for name in rules
-        }
-
-    def service(self, handler_call_details: Any) -> Any:
-        """Return the handler of a call, None for an unknown one."""
-        return self._handlers.get(handler_call_details.method)
