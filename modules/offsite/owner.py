@@ -98,9 +98,9 @@ class OwnerLayers:
                 f"The prefix has rows for the owner's layers {list(prefix.settings.layers or ())}, not for the first, 0: what "
                 "stands at its virtual positions is not sent. Give it rows."
             )
-        with plugged_in(self.part.body, prefix):
-            pass  # it fits
         with self._lock:
+            with plugged_in(self.part.body, prefix):  # under the lock, for its hooks are seen by whoever computes
+                pass  # it fits
             self._forget_old()
             self._sessions.pop(party, None)
             while len(self._sessions) >= self.most_sessions:
@@ -114,7 +114,8 @@ class OwnerLayers:
             party: Its name.
             step: Of ``begin``.
             batch: Number of the batch within the step.
-            states: Behind the party's layers [rows, tokens, hidden size], padded on the right, without virtual positions.
+            states: Behind the party's layers [rows, tokens, hidden size], padded on the right, without virtual positions; taken
+                in the type of the owner's weights.
 
         Raises:
             UnknownStep: If the step was not begun, or is forgotten.
@@ -123,6 +124,7 @@ class OwnerLayers:
         width = int(self.part.body.config.hidden_size)
         if states.dim() != 3 or states.shape[-1] != width or not states.numel():
             raise InputError(f"The states have the shape {list(states.shape)}. Legal: [rows, tokens, {width}].")
+        states = states.detach().to(next(self.part.parameters()))
         with self._lock:
             session = self._session(party, step)
             known = session.batches.get(batch)
@@ -135,7 +137,7 @@ class OwnerLayers:
                     f"batch={batch}: step {step} has {self.most_batches} batches already, which is the owner's limit. Accumulate "
                     "fewer."
                 )
-            given = states.detach().clone().requires_grad_()
+            given = states.clone().requires_grad_()
             graph = self._through(given, session.prefix)
             session.batches[batch] = kept = _Batch(given, graph.detach(), graph)
             while len(self._graphs) >= self.most_graphs:

@@ -1,5 +1,7 @@
 """The owner's layers: the gradients of an unsplit model, calls that may be repeated, and memory that is bounded."""
 
+import threading
+
 import pytest
 import torch
 
@@ -103,6 +105,37 @@ def test_a_step_sent_again_to_another_owner_ends_with_the_same_gradients(prefix)
                 owner.backward("party", 0, number, torch.full_like(output, 1.0 + number))
         found.append(owner.collect("party", 0))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_parties_at_the_same_time_get_what_each_gets_alone(prefix):
+    """Also while another begins a step, which tries its prefix on the layers."""
+    owner, other = layers(), Prefix(rows_for(prefix).settings, [rows.detach() * 3 for rows in rows_for(prefix).rows])
+    owner.begin("one", 0, rows_for(prefix))
+    expected = owner.forward("one", 0, 0, states_of(0))
+    stop = threading.Event()
+
+    def begin_again_and_again():
+        while not stop.is_set():
+            owner.begin("two", 0, other)
+
+    thread = threading.Thread(target=begin_again_and_again)
+    thread.start()
+    try:
+        found = [owner.forward("one", 0, number, states_of(0)) for number in range(1, 60)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(torch.equal(one, expected) for one in found)
+
+
+def test_states_of_another_type_are_taken_in_that_of_the_weights(prefix):
+    owner = layers()
+    owner.begin("party", 0, rows_for(prefix))
+    states = states_of(0).bfloat16()
+    found = owner.forward("party", 0, 0, states)
+    assert torch.equal(owner.forward("party", 0, 0, states), found)
+    assert torch.equal(owner.forward("party", 0, 1, states.float()), found)
+    assert owner.backward("party", 0, 0, found.bfloat16()).dtype == torch.float32
 
 
 def test_activations_that_were_dropped_are_computed_again(prefix):
