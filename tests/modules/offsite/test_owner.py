@@ -1,12 +1,11 @@
 """The owner's layers: the gradients of an unsplit model, calls that may be repeated, and memory that is bounded."""
 
-import threading
-
 import pytest
 import torch
 
 from fulgurite.errors import InputError
 from fulgurite.modules.offsite import ModelPart, Prefix, PrefixSettings, behind_prefix, plugged_in, without_virtual
+from fulgurite.modules.offsite import owner as module
 from fulgurite.modules.offsite.owner import OwnerLayers, UnknownStep
 
 from ..span_attention.small import SIZES, ids_of, model_of
@@ -107,17 +106,13 @@ def test_a_step_sent_again_to_another_owner_ends_with_the_same_gradients(prefix)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_a_step_begins_when_nobody_computes(prefix):
-    """It tries its prefix on the layers, which another party's batch may be going through."""
-    owner = layers()
-    with owner._lock:  # as while a batch is at work
-        thread = threading.Thread(target=owner.begin, args=("two", 0, rows_for(prefix)))
-        thread.start()
-        thread.join(0.3)
-        assert thread.is_alive()
-        assert not any(layer._forward_pre_hooks for layer in owner.part.body.layers)
-    thread.join()
-    assert all(not rows.any() for rows in owner.collect("two", 0))
+def test_prefixes_are_in_place_for_one_party_at_a_time(prefix, monkeypatch):
+    """Also where a step begins, which tries its prefix on the layers."""
+    owner, locked = layers(), []
+    monkeypatch.setattr(module, "plugged_in", lambda *given: locked.append(owner._lock.locked()) or plugged_in(*given))
+    owner.begin("party", 0, rows_for(prefix))
+    owner.forward("party", 0, 0, states_of(0))
+    assert locked == [True, True]
 
 
 def test_states_of_another_type_are_taken_in_that_of_the_weights(prefix):
