@@ -3,7 +3,17 @@
 from .distillation import SoftLabelDistillation, SoftLabelTeacher
 from .fusion import FusionCompression
 from .language_model import LanguageModel
+from .offsite import EmulatorDistillation, OffsitePrefixTuning
 from .schedules import WarmupCosine
 from .spans import SpanPruning
 
-__all__ = ["FusionCompression", "LanguageModel", "SoftLabelDistillation", "SoftLabelTeacher", "SpanPruning", "WarmupCosine"]
+__all__ = [
+    "EmulatorDistillation",
+    "FusionCompression",
+    "LanguageModel",
+    "OffsitePrefixTuning",
+    "SoftLabelDistillation",
+    "SoftLabelTeacher",
+    "SpanPruning",
+    "WarmupCosine",
+]

@@ -184,11 +184,13 @@ class LanguageModel(LightningModule):
 
     def loss_parts(self, batch: Batch) -> LossParts:
         """Return the loss of a batch: ``input_ids``, ``labels`` and ``position_ids``, all int64 [batch, length]."""
-        assert self.model is not None
         targets = shift_labels(batch["labels"])
-        supervised = targets != -100
+        return self._loss_of_states(self.hidden_states(batch), targets, targets != -100)
+
+    def _loss_of_states(self, states: Tensor, targets: Tensor, supervised: Tensor) -> LossParts:
+        assert self.model is not None
         return linear_loss(
-            self.hidden_states(batch)[supervised],
+            states[supervised],
             head_weight(self.model),
             targets[supervised],
             chunk_tokens=self.loss_chunk_tokens,
@@ -257,15 +259,20 @@ class LanguageModel(LightningModule):
         if mask is None:
             prompts = prompts[:, : self.generation.prompt_tokens]
             mask = torch.ones_like(prompts)
+        texts = self.tokenizer.batch_decode(self._written(prompts, mask), skip_special_tokens=True)
+        asked = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(asked, texts)]
+
+    def _written(self, prompts: Tensor, mask: Tensor) -> Tensor:
+        """Return the ids that follow left-padded prompts [batch, tokens written]."""
+        assert self.model is not None
         written = self.model.generate(  # type: ignore[operator]
             input_ids=prompts,
             attention_mask=mask,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
             **self.generation.kwargs(),
         )
-        texts = self.tokenizer.batch_decode(written[:, prompts.shape[1] :], skip_special_tokens=True)
-        asked = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        return [{"prompt": prompt, "text": text} for prompt, text in zip(asked, texts)]
+        return written[:, prompts.shape[1] :]
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""

@@ -1,6 +1,8 @@
 """Small models made from large ones: some layers kept, or a fresh model of a smaller config."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,6 +79,22 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise InputError(f"{type(model).__name__} keeps its {count} layers in no ModuleList: keep_layers cannot be used on it.")
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what stands behind each layer, [batch, length, hidden size], while a model reads."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

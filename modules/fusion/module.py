@@ -23,9 +23,9 @@ from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch, GenerationSettings
 from ..linear_loss import LossParts, shift_labels
 from ..pretrained import Dtype, load_config, load_model
-from ..student import decoder_layers
+from ..student import decoder_layers, layer_outputs
 from .fused import materialise
-from .reading import layer_outputs, readable, text_loss
+from .reading import readable, text_loss
 from .shape import FusionShape
 from .starts import FusionStart, LearnedFusion, Stage
 from .statistics import Rows, rows_of

@@ -1,33 +1,14 @@
-"""How a plain or a fused model reads a text: its states layer by layer, as its head reads them, and its loss."""
+"""How a plain or a fused model reads a text: its states as its head reads them, and its loss."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..language_model import Batch
 from ..linear_loss import LossParts, linear_loss, shift_labels
 from ..pretrained import head_weight
-from ..student import decoder_layers
 from .fused import FusedTable
-
-
-@contextmanager
-def layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect what stands behind each layer, [batch, length, hidden size], while a model reads."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def readable(model: PreTrainedModel, states: Tensor) -> Tensor:

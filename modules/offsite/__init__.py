@@ -1,12 +1,21 @@
 """Tuning and use of one model by an owner of its weights and parties that hold data."""
 
-from .prefix import Prefix, PrefixSettings, behind_prefix, carried_over, plugged_in
+from .distillation import EmulatorDistillation
+from .emulator import EmulatorManifest, EmulatorSpec
+from .module import OffsitePrefixTuning, OwnerAccess
+from .prefix import Prefix, PrefixSettings, StandsFor, behind_prefix, carried_over, plugged_in
 from .split import ModelPart, with_virtual, without_virtual
 
 __all__ = [
+    "EmulatorDistillation",
+    "EmulatorManifest",
+    "EmulatorSpec",
     "ModelPart",
+    "OffsitePrefixTuning",
+    "OwnerAccess",
     "Prefix",
     "PrefixSettings",
+    "StandsFor",
     "behind_prefix",
     "carried_over",
     "plugged_in",

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ...errors import InputError
 from .frames import Frame, FrameError, decode
-from .owner import UnknownStep
+from .owner import HeadRequest, UnknownStep
 from .prefix import Prefix
-from .protocol import SERVICE, TOKEN_KEY, SplitShape, begin_frame, load_grpc, replies
+from .protocol import OUTPUTS, SERVICE, TOKEN_KEY, SplitShape, head_fields, load_grpc, output_of, replies, with_prefix
 
 log = logging.getLogger(__name__)
 _PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0)  # seconds before a call is asked again; the last one goes on
+
+_NO_SHAPE = SplitShape(1, 1, 1)  # of calls that have nothing of the model's sizes
 
 
 class OwnerLost(InputError):
@@ -58,26 +60,44 @@ class OwnerClient:
         Raises:
             InputError: As for every call: if the owner refuses it; ``OwnerLost`` if it does not answer.
         """
-        found = dict(self._call(Frame("health"), SplitShape(1, 1, 1)).fields)
+        found = dict(self._call(Frame("health"), _NO_SHAPE).fields)
         self._shape = SplitShape(found["hidden_size"], found["key_value_size"], found["layers"] - found["cut"])
         return found
 
-    def begin(self, step: int, prefix: Prefix) -> None:
+    def manifest(self) -> dict[str, Any]:
+        """Return ``bytes`` and ``sha256`` of each file of the emulator, by name."""
+        return dict(self._call(Frame("manifest"), _NO_SHAPE).fields["files"])
+
+    def read(self, file: str, offset: int) -> bytes:
+        """Return the bytes of an emulator's file from a place on, a piece of it at most."""
+        data = self._call(Frame("read", {"file": file, "offset": offset}), _NO_SHAPE).tensors["data"]
+        return data.numpy().tobytes()
+
+    def begin(self, step: int, length: int, prefix: Prefix | None) -> None:
         """See ``OwnerLayers.begin``."""
-        self._call(begin_frame(step, prefix))
+        self._call(with_prefix("begin", {"step": step}, length, prefix))
 
-    def forward(self, step: int, batch: int, states: Tensor) -> Tensor:
+    def forward(self, step: int, batch: int, states: Tensor, head: HeadRequest | None = None, *, train: bool = True) -> Tensor:
         """See ``OwnerLayers.forward``."""
-        return self._call(Frame("forward", {"step": step, "batch": batch}, {"states": states})).tensors["states"]
+        fields = {"step": step, "batch": batch, "train": train}
+        return output_of(self._call(Frame("forward", fields, {"states": states, **head_fields(head)})))
 
-    def backward(self, step: int, batch: int, gradient: Tensor) -> Tensor:
-        """See ``OwnerLayers.backward``."""
-        return self._call(Frame("backward", {"step": step, "batch": batch}, {"gradient": gradient})).tensors["gradient"]
+    def backward(self, step: int, batch: int, gradient: Tensor, *, wanted: bool = True) -> Tensor | None:
+        """See ``OwnerLayers.backward``; the gradient is sent back if it is ``wanted``."""
+        fields = {"step": step, "batch": batch, "wanted": wanted}
+        return self._call(Frame("backward", fields, {OUTPUTS[gradient.dim()]: gradient})).tensors.get("states")
 
     def collect(self, step: int) -> list[Tensor]:
         """See ``OwnerLayers.collect``."""
-        (rows,) = self._call(Frame("collect", {"step": step})).tensors.values()
-        return list(rows)
+        return [row for rows in self._call(Frame("collect", {"step": step})).tensors.values() for row in rows]
+
+    def open(self, text: int, length: int, prefix: Prefix | None) -> None:
+        """See ``OwnerTexts.open``."""
+        self._call(with_prefix("open", {"text": text}, length, prefix))
+
+    def extend(self, text: int, place: int, states: Tensor, *, top: int = 0) -> dict[str, Tensor]:
+        """See ``OwnerTexts.extend``."""
+        return dict(self._call(Frame("extend", {"text": text, "place": place, "top": top}, {"states": states})).tensors)
 
     def _call(self, frame: Frame, shape: SplitShape | None = None) -> Frame:
         if shape is None and self._shape is None:

@@ -1,15 +1,16 @@
-"""The owner's side of a split model: its layers at work for several parties, one step at a time.
+"""The owner's side of a split model in training: its layers at work for several parties, one call at a time.
 
-A party trains so: it sends the prefix rows of the owner's layers once for an optimizer step; then, for each batch of that step,
-the states before the cut (``forward``) and, when its loss is known, the gradient of what it got (``backward``); at last it asks
-for the gradient of the rows (``collect``). Every call carries the numbers of the optimizer step and of the batch. A call that was
-answered and is asked again gives the same answer and changes nothing, so a reply that was lost on the way costs no step.
+A party trains so: it begins an optimizer step with the prefix rows of the owner's layers; then, for each batch of that step, it
+sends the states before the cut (``forward``) and, when its loss is known, the gradient of what it got (``backward``); at last it
+asks for the gradient of the rows (``collect``). Every call carries the numbers of the optimizer step and of the batch. A call
+that was answered and is asked again gives the same answer and changes nothing, so a reply that was lost on the way costs no step.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,29 @@ from .split import ModelPart, with_virtual, without_virtual
 
 
 class UnknownStep(InputError):
-    """The owner does not know a step (any more), for it was restarted or the step is too old: send it from its rows on."""
+    """The owner does not know a step or a text (any more), for it was restarted, or this is too old. Send it from its begin."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRequest:
+    """What a party asks of a head that the owner keeps (``head: owner``), instead of states.
+
+    Args:
+        positions: Row and position of the states whose logits are wanted [n, 2], int64; virtual positions are not counted.
+        candidates: Ids whose logits are wanted [m], int64; None for the whole vocabulary.
+        labels: Right ids [n], int64. With them, the owner gives the cross-entropy in nats [n], no logits, and knows the labels.
+    """
+
+    positions: Tensor
+    candidates: Tensor | None = None
+    labels: Tensor | None = None
+
+    def equals(self, other: "HeadRequest | None") -> bool:
+        """Return whether both ask the same."""
+        if other is None:
+            return False
+        pairs = [(self.positions, other.positions), (self.candidates, other.candidates), (self.labels, other.labels)]
+        return all(one is two or (one is not None and two is not None and torch.equal(one, two)) for one, two in pairs)
 
 
 @dataclass(eq=False)
@@ -29,6 +52,7 @@ class _Batch:
     """What is kept of a batch between its calls."""
 
     given: Tensor  # states that were sent, a leaf of the graph
+    head: HeadRequest | None
     output: Tensor
     graph: Tensor | None  # the output with its graph, until the backward pass, or until others need the room
     gradient: Tensor | None = None  # of ``given``, once asked for
@@ -39,10 +63,21 @@ class _Session:
     """A party's optimizer step."""
 
     step: int
-    prefix: Prefix
+    length: int
+    prefix: Prefix | None
     batches: dict[int, _Batch] = field(default_factory=dict)
     collected: list[Tensor] | None = None
     touched: float = 0.0
+
+
+def brings_its_virtual_states(prefix: Prefix | None) -> bool:
+    """Return whether states come with their virtual positions: where the owner's first layer has no rows to stand there."""
+    return prefix is None or (prefix.settings.layers or (1,))[0] != 0
+
+
+def in_place(part: ModelPart, prefix: Prefix | None) -> AbstractContextManager[None]:
+    """Put a prefix's rows, if there are some, into the owner's layers."""
+    return nullcontext() if prefix is None else plugged_in(part.body, prefix)
 
 
 class OwnerLayers:
@@ -55,6 +90,7 @@ class OwnerLayers:
             again.
         most_batches: Batches of an optimizer step whose states are kept, for each party.
         most_sessions: Parties at once; the one that was silent longest makes room.
+        most_logits: Numbers in an answer of the head.
         clock: Tells the seconds.
 
     Raises:
@@ -69,67 +105,73 @@ class OwnerLayers:
         most_graphs: int = 2,
         most_batches: int = 64,
         most_sessions: int = 8,
+        most_logits: int = 1 << 24,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         bounds = {"lifetime": lifetime, "most_graphs": most_graphs, "most_batches": most_batches, "most_sessions": most_sessions}
-        for name, value in bounds.items():
+        for name, value in {**bounds, "most_logits": most_logits}.items():
             if value <= 0:
                 raise InputError(f"{name}={value} keeps nothing. Legal: above 0.")
         self.part = part.requires_grad_(False).eval()
-        self.lifetime, self.most_graphs, self._clock = lifetime, most_graphs, clock
+        self.lifetime, self.most_graphs, self.most_logits, self.clock = lifetime, most_graphs, most_logits, clock
         self.most_batches, self.most_sessions = most_batches, most_sessions
         self._sessions: dict[str, _Session] = {}
         self._graphs: deque[_Batch] = deque()  # those that have one, the oldest first
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        """Held by whoever computes: a prefix in place is seen by every call."""
 
-    def begin(self, party: str, step: int, prefix: Prefix) -> None:
+    def begin(self, party: str, step: int, length: int, prefix: Prefix | None) -> None:
         """Begin an optimizer step of a party; what was kept of its step before is dropped.
 
         Args:
             party: Its name.
             step: Number of the optimizer step; the same number again begins it anew.
-            prefix: Rows of the owner's layers, counted from the cut on.
+            length: Of the prefix: virtual positions before every text.
+            prefix: Rows of the owner's layers, counted from the cut on; None where all rows stay with the party. Unless the first
+                layer has rows, states have to come with their virtual positions.
 
         Raises:
-            InputError: If the prefix does not fit the layers, or leaves the first of them without rows.
+            InputError: If the prefix does not fit the layers.
         """
-        if not prefix.settings.layers or prefix.settings.layers[0] != 0:
-            raise InputError(
-                f"The prefix has rows for the owner's layers {list(prefix.settings.layers or ())}, not for the first, 0: what "
-                "stands at its virtual positions is not sent. Give it rows."
-            )
-        with self._lock:
-            with plugged_in(self.part.body, prefix):  # under the lock, for its hooks are seen by whoever computes
+        if prefix is not None and prefix.settings.length != length:
+            raise InputError(f"length={length}, but the prefix has {prefix.settings.length} rows.")
+        with self.lock:
+            with in_place(self.part, prefix):  # under the lock, for its hooks are seen by whoever computes
                 pass  # it fits
             self._forget_old()
             self._sessions.pop(party, None)
             while len(self._sessions) >= self.most_sessions:
                 self._sessions.pop(min(self._sessions, key=lambda name: self._sessions[name].touched))
-            self._sessions[party] = _Session(step, prefix, touched=self._clock())
+            self._sessions[party] = _Session(step, length, prefix, touched=self.clock())
 
-    def forward(self, party: str, step: int, batch: int, states: Tensor) -> Tensor:
-        """Return the states behind the owner's layers [rows, tokens, hidden size], without virtual positions.
+    def forward(
+        self, party: str, step: int, batch: int, states: Tensor, head: HeadRequest | None = None, *, train: bool = True
+    ) -> Tensor:
+        """Return the states behind the owner's layers [rows, tokens, hidden size], not the virtual ones, or the head's answer.
 
         Args:
             party: Its name.
             step: Of ``begin``.
             batch: Number of the batch within the step.
-            states: Behind the party's layers [rows, tokens, hidden size], padded on the right, without virtual positions; taken
-                in the type of the owner's weights.
+            states: Behind the party's layers [rows, tokens, hidden size], padded on the right, with virtual positions only where
+                ``begin`` says so; taken in the type of the owner's weights.
+            head: What is asked of the owner's head; None for states.
+            train: Keep what ``backward`` needs; without it, the number of the batch is not used.
 
         Raises:
             UnknownStep: If the step was not begun, or is forgotten.
-            InputError: If the batch's number was another batch's, or there are too many.
+            InputError: If the batch's number was another batch's, there are too many, or the head cannot answer.
         """
-        width = int(self.part.body.config.hidden_size)
-        if states.dim() != 3 or states.shape[-1] != width or not states.numel():
-            raise InputError(f"The states have the shape {list(states.shape)}. Legal: [rows, tokens, {width}].")
-        states = states.detach().to(next(self.part.parameters()))
-        with self._lock:
+        with self.lock:
             session = self._session(party, step)
+            states = self._checked(states, session)
+            self._check_head(head, states, session)
+            if not train:
+                return self._through(states, session, head)
             known = session.batches.get(batch)
             if known is not None:
-                if known.given.shape != states.shape or not torch.equal(known.given, states):
+                same = head is known.head or (head is not None and head.equals(known.head))
+                if not same or known.given.shape != states.shape or not torch.equal(known.given, states):
                     raise InputError(f"batch={batch} of step {step} was another batch. Give each its own number.")
                 return known.output
             if len(session.batches) >= self.most_batches:
@@ -138,8 +180,8 @@ class OwnerLayers:
                     "fewer."
                 )
             given = states.clone().requires_grad_()
-            graph = self._through(given, session.prefix)
-            session.batches[batch] = kept = _Batch(given, graph.detach(), graph)
+            graph = self._through(given, session, head)
+            session.batches[batch] = kept = _Batch(given, head, graph.detach(), graph)
             while len(self._graphs) >= self.most_graphs:
                 self._graphs.popleft().graph = None
             self._graphs.append(kept)
@@ -158,7 +200,7 @@ class OwnerLayers:
             UnknownStep: If the batch was not sent forward, or is forgotten.
             InputError: If the gradient is of another shape, or the step has been collected.
         """
-        with self._lock:
+        with self.lock:
             session = self._session(party, step)
             known = session.batches.get(batch)
             if known is None:
@@ -172,7 +214,7 @@ class OwnerLayers:
                     f"The gradient of batch {batch} has the shape {list(gradient.shape)}. Legal: {list(known.output.shape)}."
                 )
             if known.graph is None:
-                known.graph = self._through(known.given, session.prefix)
+                known.graph = self._through(known.given, session, known.head)
             else:
                 self._graphs.remove(known)
             known.graph.backward(gradient.to(known.graph.dtype))
@@ -190,29 +232,67 @@ class OwnerLayers:
         Raises:
             UnknownStep: If the step was not begun, or is forgotten.
         """
-        with self._lock:
+        with self.lock:
             session = self._session(party, step)
             if session.collected is None:
-                session.collected = [
-                    torch.zeros_like(rows) if rows.grad is None else rows.grad.clone() for rows in session.prefix.rows
-                ]
+                rows = [] if session.prefix is None else list(session.prefix.rows)
+                session.collected = [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in rows]
             return session.collected
 
-    def _through(self, given: Tensor, prefix: Prefix) -> Tensor:
-        length = prefix.settings.length
-        positions = torch.arange(length + given.shape[1], device=given.device).expand(len(given), -1)
-        with torch.enable_grad(), plugged_in(self.part.body, prefix):
-            return without_virtual(self.part(with_virtual(given, length), position_ids=positions), length)
+    def _checked(self, states: Tensor, session: _Session) -> Tensor:
+        width = int(self.part.body.config.hidden_size)
+        least = session.length + 1 if brings_its_virtual_states(session.prefix) else 1
+        if states.dim() != 3 or states.shape[-1] != width or not len(states) or states.shape[1] < least:
+            room = f", {session.length} virtual positions first," if least > 1 else ""
+            raise InputError(f"The states have the shape {list(states.shape)}. Legal: [rows, tokens{room}, {width}].")
+        return states.detach().to(next(self.part.parameters()))
+
+    def _check_head(self, head: HeadRequest | None, states: Tensor, session: _Session) -> None:
+        if head is None:
+            return
+        if self.part.head is None:
+            raise InputError("The owner's part of the model has no head.")
+        tokens = states.shape[1] - (session.length if brings_its_virtual_states(session.prefix) else 0)
+        limits = torch.tensor([len(states), tokens])
+        vocabulary = int(self.part.body.config.vocab_size)
+        wrong = bool(((head.positions < 0) | (head.positions >= limits)).any())
+        for ids in (head.candidates, head.labels):
+            wrong = wrong or (ids is not None and bool(((ids < 0) | (ids >= vocabulary)).any()))
+        if wrong or (head.labels is not None and len(head.labels) != len(head.positions)):
+            raise InputError(
+                f"head: positions have to be within {limits.tolist()}, ids below {vocabulary}, and labels as many as positions."
+            )
+        columns = vocabulary if head.candidates is None else len(head.candidates)
+        if columns * len(head.positions) > self.most_logits:
+            raise InputError(
+                f"head: {len(head.positions)} positions with {columns} logits each are more than the owner's limit of "
+                f"{self.most_logits}. Send smaller batches, or name candidates."
+            )
+
+    def _through(self, given: Tensor, session: _Session, head: HeadRequest | None) -> Tensor:
+        length, brought = session.length, brings_its_virtual_states(session.prefix)
+        with torch.set_grad_enabled(given.requires_grad), in_place(self.part, session.prefix):
+            states = given if brought or not length else with_virtual(given, length)
+            positions = torch.arange(states.shape[1], device=given.device).expand(len(given), -1)
+            found = without_virtual(self.part(states, position_ids=positions), length)
+            if head is None:
+                return found
+            logits = self.part.logits(found[head.positions[:, 0], head.positions[:, 1]]).float()
+            if head.candidates is not None:
+                logits = logits[:, head.candidates]
+            if head.labels is None:
+                return logits
+            return torch.nn.functional.cross_entropy(logits, head.labels, reduction="none")
 
     def _session(self, party: str, step: int) -> _Session:
         self._forget_old()
         session = self._sessions.get(party)
         if session is None or session.step != step:
             raise UnknownStep(f"step={step} was not begun, or is forgotten. Send it from its rows on.")
-        session.touched = self._clock()
+        session.touched = self.clock()
         return session
 
     def _forget_old(self) -> None:
-        old = self._clock() - self.lifetime
+        old = self.clock() - self.lifetime
         for name in [name for name, session in self._sessions.items() if session.touched < old]:
             del self._sessions[name]

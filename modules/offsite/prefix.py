@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import InputError
-from ...files import atomic_folder
-from ..pretrained import model_fingerprint
+from ...files import atomic_folder, write_json
 from ..student import decoder_layers
 
 Kind = Literal["prompts", "key_values"]
@@ -59,6 +58,21 @@ class PrefixSettings:
             raise InputError(
                 f"prefix.layers={list(self.layers)}: legal are rising indices of layers, each once, or null for all."
             )
+
+
+@dataclass(frozen=True)
+class StandsFor:
+    """What an emulator's layers are in the model that it stands for.
+
+    Args:
+        model: Fingerprint of that model.
+        layers: Of that model.
+        layer_map: For each of the emulator's layers the layer of that model, rising.
+    """
+
+    model: str
+    layers: int
+    layer_map: tuple[int, ...]
 
 
 class Prefix(nn.Module):
@@ -158,32 +172,35 @@ class Prefix(nn.Module):
         found.rows = nn.ParameterList(self.rows[place] for _, place in own)
         return found
 
-    def save(self, folder: Path, model: PreTrainedModel) -> None:
+    def save(self, folder: Path, model: str, stands_for: StandsFor | None = None) -> None:
         """Write the rows and a manifest; what stood there is replaced when the new one is complete.
 
         Args:
             folder: To write to.
-            model: That it is for.
+            model: Fingerprint of the model that it is for.
+            stands_for: Of an emulator's prefix: what the emulator stands for, so that the prefix can be carried over.
         """
         data = save({str(number): one.detach().cpu().contiguous() for number, one in enumerate(self.rows)})
         manifest = {
             "format": "fulgurite-prefix",
             "version": _VERSION,
             "settings": asdict(self.settings),
-            "model": model_fingerprint(model),
+            "model": model,
+            "stands_for": None if stands_for is None else asdict(stands_for),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
         with atomic_folder(Path(folder)) as new:
             (new / "prefix.safetensors").write_bytes(data)
-            (new / "prefix.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+            write_json(new / "prefix.json", manifest)
 
     @classmethod
-    def load(cls, folder: Path, model: PreTrainedModel) -> "Prefix":
-        """Read a prefix.
+    def load(cls, folder: Path, model: str, how: LayerMap = "kept") -> "Prefix":
+        """Read a prefix; one of an emulator is carried over to the model that the emulator stands for.
 
         Args:
             folder: Where it was written.
-            model: That it shall be plugged into.
+            model: Fingerprint of the model that it shall be plugged into.
+            how: See ``carried_over``.
 
         Raises:
             InputError: If it is missing, damaged, or of another model.
@@ -204,42 +221,45 @@ class Prefix(nn.Module):
                 PrefixSettings(settings["kind"], settings["length"], tuple(settings["layers"])),
                 [tensors[str(number)] for number in range(len(tensors))],
             )
-            whose = manifest["model"]
+            whose, told = manifest["model"], manifest["stands_for"]
+            whole = None if told is None else StandsFor(told["model"], told["layers"], tuple(told["layer_map"]))
         except InputError:
             raise
         except FileNotFoundError as error:
             raise InputError(f"prefix={str(folder)!r} is no prefix: it has no {Path(error.filename).name}.") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(f"prefix={str(folder)!r} is damaged: {error}.") from error
-        if whose != model_fingerprint(model):
-            raise InputError(
-                f"prefix={str(folder)!r} is of another model ({whose}) than the one at hand ({model_fingerprint(model)}). "
-                "Carry it over first, or load the model that it was made for."
-            )
-        return found
+        if whose == model:
+            return found
+        if whole and whole.model == model:
+            return carried_over(found, whole, how)
+        of = f"{whose}, an emulator of {whole.model}" if whole else whose
+        raise InputError(
+            f"prefix={str(folder)!r} is of another model ({of}) than the one at hand ({model}). Load the model that it was made "
+            "for, or make a prefix for this one."
+        )
 
 
-def carried_over(prefix: Prefix, stands_for: Sequence[int], layers: int, how: LayerMap = "kept") -> Prefix:
-    """Return an emulator's prefix as one of the full model.
+def carried_over(prefix: Prefix, whole: StandsFor, how: LayerMap = "kept") -> Prefix:
+    """Return an emulator's prefix as one of the model that the emulator stands for.
 
     Args:
         prefix: Of the emulator.
-        stands_for: For each layer of the emulator the layer of the full model that it is, rising.
-        layers: Of the full model.
+        whole: What the emulator's layers are in that model.
         how: ``kept`` gives rows to the layers that the emulator has, ``copy`` to each other one those of the nearest before it,
             ``interpolate`` the mean of its neighbours by distance.
 
     Raises:
         InputError: If the map is none, or the prefix has layers that it does not name.
     """
-    own = prefix.settings.layers or ()
+    own, layers, layer_map = prefix.settings.layers or (), whole.layers, list(whole.layer_map)
     if how not in get_args(LayerMap):
         raise InputError(f"layer_map={how!r} is unknown. Legal: {', '.join(get_args(LayerMap))}.")
-    if sorted(set(stands_for)) != list(stands_for) or not all(0 <= layer < layers for layer in stands_for):
-        raise InputError(f"stands_for={list(stands_for)}: legal are rising indices from 0 to {layers - 1}, each once.")
-    if own and own[-1] >= len(stands_for):
-        raise InputError(f"The prefix has rows for layer {own[-1]}, but the emulator has {len(stands_for)} layers.")
-    known = {stands_for[layer]: prefix.rows[place].detach() for place, layer in enumerate(own)}
+    if sorted(set(layer_map)) != layer_map or not all(0 <= layer < layers for layer in layer_map):
+        raise InputError(f"stands_for: {layer_map} are no rising indices from 0 to {layers - 1}, each once.")
+    if own and own[-1] >= len(layer_map):
+        raise InputError(f"The prefix has rows for layer {own[-1]}, but the emulator has {len(layer_map)} layers.")
+    known = {layer_map[layer]: prefix.rows[place].detach() for place, layer in enumerate(own)}
     if how != "kept":
         places = sorted(known)
         for layer in range(places[0], layers):

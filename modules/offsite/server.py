@@ -10,11 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ...errors import InputError
-from ..pretrained import model_fingerprint
+from .emulator import EmulatorFiles
 from .frames import Frame, decode
 from .owner import OwnerLayers, UnknownStep
-from .protocol import SERVICE, TOKEN_KEY, SplitShape, load_grpc, prefix_of, requests, stacked
+from .protocol import OUTPUTS, SERVICE, TOKEN_KEY, SplitShape, head_of, load_grpc, output_of, prefix_of, requests
+from .texts import OwnerTexts
 
 if TYPE_CHECKING:
     import grpc
@@ -30,13 +33,16 @@ def shape_of(layers: OwnerLayers) -> SplitShape:
 
 
 class OwnerServer:
-    """Serves the owner's layers until it is stopped.
+    """Serves the owner's layers, and its emulator for download, until it is stopped.
 
     Every call needs the token of a party, and is answered in turn. A message that is none, or breaks a rule, is refused by name
     with ``INVALID_ARGUMENT``; a step that is not known, with ``FAILED_PRECONDITION``, which tells the party to send it again.
 
     Args:
         layers: The owner's layers.
+        model: Fingerprint of the whole model that they are of.
+        emulator: Files that parties may download; None where they get them in another way.
+        texts: Texts in generation; None takes the usual bounds.
         tokens: Token of each party.
         certificate: PEM file of the server's certificate.
         key: PEM file of its private key.
@@ -52,6 +58,9 @@ class OwnerServer:
         self,
         layers: OwnerLayers,
         *,
+        model: str,
+        emulator: EmulatorFiles | None = None,
+        texts: OwnerTexts | None = None,
         tokens: Mapping[str, str],
         certificate: Path,
         key: Path,
@@ -61,10 +70,10 @@ class OwnerServer:
     ) -> None:
         if not tokens or any(len(token) < 16 for token in tokens.values()):
             raise InputError("tokens: each party needs one of at least 16 characters, and there has to be a party.")
-        self.layers, self._tokens = layers, {name: token.encode() for name, token in tokens.items()}
+        self.layers, self.texts, self.emulator, self._model = layers, texts or OwnerTexts(layers), emulator, model
+        self._tokens = {name: token.encode() for name, token in tokens.items()}
         self._shape = shape_of(layers)
         self._rules = requests(self._shape)
-        self._model = model_fingerprint(layers.part.body)
         grpc = self._grpc = load_grpc()
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=4, thread_name_prefix="owner"),
@@ -123,17 +132,32 @@ class OwnerServer:
         raise AssertionError("abort does not return")
 
     def _reply(self, name: str, party: str, frame: Frame) -> Frame:
-        layers, told = self.layers, frame.fields
+        told, tensors, layers = frame.fields, frame.tensors, self.layers
         if name == "health":
             part, shape = layers.part, self._shape
             sizes = {"hidden_size": shape.hidden_size, "key_value_size": shape.key_value_size}
             return Frame(name, {"model": self._model, "cut": part.start, "layers": part.layers, **sizes})
+        if name in ("manifest", "read"):
+            if self.emulator is None:
+                raise InputError("This owner offers no emulator for download. Ask how it gives it.")
+            if name == "manifest":
+                return Frame(name, {"files": self.emulator.files})
+            return Frame(name, {}, {"data": self.emulator.piece(told["file"], told["offset"])})
         if name == "begin":
-            layers.begin(party, told["step"], prefix_of(frame))
+            layers.begin(party, told["step"], told["length"], prefix_of(frame))
             return Frame(name)
         if name == "forward":
-            return Frame(name, {}, {"states": layers.forward(party, told["step"], told["batch"], frame.tensors["states"])})
+            output = layers.forward(party, told["step"], told["batch"], tensors["states"], head_of(frame), train=told["train"])
+            return Frame(name, {}, {OUTPUTS[output.dim()]: output})
         if name == "backward":
-            return Frame(name, {}, {"gradient": layers.backward(party, told["step"], told["batch"], frame.tensors["gradient"])})
+            gradient = layers.backward(party, told["step"], told["batch"], output_of(frame))
+            return Frame(name, {}, {"states": gradient} if told["wanted"] else {})
+        if name == "open":
+            self.texts.open(party, told["text"], told["length"], prefix_of(frame))
+            return Frame(name)
+        if name == "extend":
+            return Frame(name, {}, self.texts.extend(party, told["text"], told["place"], tensors["states"], top=told["top"]))
         gradients = layers.collect(party, told["step"])
-        return Frame(name, {}, stacked("prompts" if gradients[0].dim() == 2 else "key_values", gradients))
+        if not gradients:
+            return Frame(name)
+        return Frame(name, {}, {"prompts" if gradients[0].dim() == 2 else "key_values": torch.stack(gradients)})

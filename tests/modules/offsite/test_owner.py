@@ -57,7 +57,7 @@ def test_a_step_of_two_batches_has_the_gradients_of_the_unsplit_model(whole, pre
     expected = [rows.grad.clone() for rows in prefix.rows]
     prefix.zero_grad()
 
-    owner.begin("party", 5, rows_for(prefix))
+    owner.begin("party", 5, LENGTH, rows_for(prefix))
     with plugged_in(first.body, prefix.within(0, CUT)):
         for number, batch in enumerate(batches):
             sent = without_virtual(first(batch["input_ids"], position_ids=batch["position_ids"]), LENGTH)
@@ -72,7 +72,7 @@ def test_a_call_that_is_asked_again_gives_the_same_and_counts_once(prefix):
     answers = []
     for times in (1, 3):
         owner = layers()
-        owner.begin("party", 0, rows_for(prefix))
+        owner.begin("party", 0, LENGTH, rows_for(prefix))
         for _ in range(times):
             output = owner.forward("party", 0, 0, states_of(0))
         for _ in range(times):
@@ -98,7 +98,7 @@ def test_a_step_sent_again_to_another_owner_ends_with_the_same_gradients(prefix)
                 owner = layers()
                 with pytest.raises(UnknownStep, match="step=0 was not begun, or is forgotten. Send it from its rows on"):
                     owner.backward("party", 0, 1, torch.ones(2, 7, HIDDEN))
-            owner.begin("party", 0, rows_for(prefix))
+            owner.begin("party", 0, LENGTH, rows_for(prefix))
             for number in range(2 if begun == restart else 1):
                 output = owner.forward("party", 0, number, states_of(number))
                 owner.backward("party", 0, number, torch.full_like(output, 1.0 + number))
@@ -109,15 +109,15 @@ def test_a_step_sent_again_to_another_owner_ends_with_the_same_gradients(prefix)
 def test_prefixes_are_in_place_for_one_party_at_a_time(prefix, monkeypatch):
     """Also where a step begins, which tries its prefix on the layers."""
     owner, locked = layers(), []
-    monkeypatch.setattr(module, "plugged_in", lambda *given: locked.append(owner._lock.locked()) or plugged_in(*given))
-    owner.begin("party", 0, rows_for(prefix))
+    monkeypatch.setattr(module, "plugged_in", lambda *given: locked.append(owner.lock.locked()) or plugged_in(*given))
+    owner.begin("party", 0, LENGTH, rows_for(prefix))
     owner.forward("party", 0, 0, states_of(0))
     assert locked == [True, True]
 
 
 def test_states_of_another_type_are_taken_in_that_of_the_weights(prefix):
     owner = layers()
-    owner.begin("party", 0, rows_for(prefix))
+    owner.begin("party", 0, LENGTH, rows_for(prefix))
     states = states_of(0).bfloat16()
     found = owner.forward("party", 0, 0, states)
     assert torch.equal(owner.forward("party", 0, 0, states), found)
@@ -129,7 +129,7 @@ def test_activations_that_were_dropped_are_computed_again(prefix):
     found = []
     for most_graphs in (1, 3):
         owner = layers(most_graphs=most_graphs)
-        owner.begin("party", 0, rows_for(prefix))
+        owner.begin("party", 0, LENGTH, rows_for(prefix))
         for number in range(3):
             owner.forward("party", 0, number, states_of(number))
         kept = [batch.graph is not None for batch in owner._sessions["party"].batches.values()]
@@ -142,13 +142,13 @@ def test_activations_that_were_dropped_are_computed_again(prefix):
 
 def test_what_does_not_fit_the_layers_is_refused(whole, prefix):
     owner = layers()
-    with pytest.raises(InputError, match=r"rows for the owner's layers \[1\], not for the first"):
-        owner.begin("party", 0, Prefix(PrefixSettings(length=LENGTH, layers=(1,)), [torch.zeros(LENGTH, HIDDEN)]))
+    with pytest.raises(InputError, match="length=7, but the prefix has 3 rows"):
+        owner.begin("party", 0, 7, rows_for(prefix))
     with pytest.raises(InputError, match="rows of 5 numbers, the model takes 48"):
-        owner.begin("party", 0, Prefix(PrefixSettings(length=LENGTH, layers=(0,)), [torch.zeros(LENGTH, 5)]))
+        owner.begin("party", 0, LENGTH, Prefix(PrefixSettings(length=LENGTH, layers=(0,)), [torch.zeros(LENGTH, 5)]))
     with pytest.raises(InputError, match=r"prefix.layers=\[0, 99\]: the model has"):
-        owner.begin("party", 0, Prefix(PrefixSettings(length=LENGTH, layers=(0, 99)), [torch.zeros(LENGTH, HIDDEN)] * 2))
-    owner.begin("party", 0, rows_for(prefix))
+        owner.begin("party", 0, LENGTH, Prefix(PrefixSettings(length=LENGTH, layers=(0, 99)), [torch.zeros(LENGTH, HIDDEN)] * 2))
+    owner.begin("party", 0, LENGTH, rows_for(prefix))
     owner.forward("party", 0, 1, states_of(1))
     with pytest.raises(InputError, match=r"has the shape \[2, 3, 48\]. Legal: \[2, 7, 48\]"):
         owner.backward("party", 0, 1, torch.ones(2, 3, HIDDEN))
@@ -162,7 +162,7 @@ def test_what_is_kept_is_bounded(prefix):
     owner = layers(lifetime=10, most_batches=2, most_sessions=2, clock=clock)
     for name in ("a", "b", "c"):
         clock.now += 1
-        owner.begin(name, 0, rows_for(prefix))
+        owner.begin(name, 0, LENGTH, rows_for(prefix))
         owner.forward(name, 0, 0, states_of(0))
     with pytest.raises(UnknownStep):  # it was silent longest
         owner.forward("a", 0, 0, states_of(0))
@@ -174,7 +174,7 @@ def test_what_is_kept_is_bounded(prefix):
     clock.now += 11
     with pytest.raises(UnknownStep, match="is forgotten"):
         owner.collect("b", 0)
-    owner.begin("b", 1, rows_for(prefix))
+    owner.begin("b", 1, LENGTH, rows_for(prefix))
     with pytest.raises(UnknownStep):
         owner.collect("b", 0)
     assert all(not rows.any() for rows in owner.collect("b", 1))

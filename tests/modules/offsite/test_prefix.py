@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fulgurite.errors import InputError
-from fulgurite.modules.offsite import Prefix, PrefixSettings, behind_prefix, carried_over, plugged_in
+from fulgurite.modules.offsite import Prefix, PrefixSettings, StandsFor, behind_prefix, carried_over, plugged_in
 
 from ..span_attention.small import KINDS, ids_of, model_of
 
@@ -99,26 +99,26 @@ def test_gradients_are_those_of_finite_differences():
 def test_a_folder_gives_back_the_rows_and_refuses_what_does_not_fit(tmp_path):
     model = model_of("llama")
     prefix, _ = prefix_of(model, "key_values", (0, 2))
-    prefix.save(tmp_path / "p", model)
-    again = Prefix.load(tmp_path / "p", model)
+    prefix.save(tmp_path / "p", "this")
+    again = Prefix.load(tmp_path / "p", "this")
     assert again.settings == prefix.settings
     assert all(torch.equal(one, two) for one, two in zip(again.rows, prefix.rows))
     with pytest.raises(InputError, match=r"is of another model"):
-        Prefix.load(tmp_path / "p", model_of("mistral"))
+        Prefix.load(tmp_path / "p", "that")
     with pytest.raises(InputError, match=r"is no prefix: it has no prefix.json"):
-        Prefix.load(tmp_path / "nothing", model)
+        Prefix.load(tmp_path / "nothing", "this")
     data = bytearray((tmp_path / "p/prefix.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "p/prefix.safetensors").write_bytes(bytes(data))
     with pytest.raises(InputError, match=r"is damaged: the rows are not those of the manifest"):
-        Prefix.load(tmp_path / "p", model)
+        Prefix.load(tmp_path / "p", "this")
     manifest = json.loads((tmp_path / "p/prefix.json").read_text())
     (tmp_path / "p/prefix.json").write_text(json.dumps({**manifest, "version": 9}))
     with pytest.raises(InputError, match=r"is of version 9; this fulgurite reads 1"):
-        Prefix.load(tmp_path / "p", model)
+        Prefix.load(tmp_path / "p", "this")
     (tmp_path / "p/prefix.json").write_text("{")
     with pytest.raises(InputError, match=r"is damaged"):
-        Prefix.load(tmp_path / "p", model)
+        Prefix.load(tmp_path / "p", "this")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_folder_gives_back_the_rows_and_refuses_what_does_not_fit(tmp_path):
 )
 def test_rows_find_their_layers_in_the_full_model(how, layers, rows):
     emulated = Prefix(PrefixSettings("prompts", 2, (0, 1, 2)), [torch.full((2, 3), value) for value in (0.0, 10.0, 20.0)])
-    found = carried_over(emulated, [1, 4, 5], 7, how)
+    found = carried_over(emulated, StandsFor("whole", 7, (1, 4, 5)), how)
     assert found.settings.layers == layers
     assert [float(one.mean()) for one in found.rows] == pytest.approx(rows)
 
@@ -140,7 +140,7 @@ def test_a_prefix_in_all_layers_that_the_emulator_kept_is_the_same_in_the_full_m
     model = model_of("llama")
     layers = len(model.model.layers)
     prefix, _ = prefix_of(model)
-    same = carried_over(prefix, list(range(layers)), layers)
+    same = carried_over(prefix, StandsFor("whole", layers, tuple(range(layers))))
     ids = ids_of(2, 7)
     assert torch.equal(logits(model, same, ids), logits(model, prefix, ids))
 
@@ -156,9 +156,12 @@ def test_a_prefix_in_all_layers_that_the_emulator_kept_is_the_same_in_the_full_m
         (lambda model: Prefix(PrefixSettings(length=3), [torch.zeros(3, 4)]), "names other layers than the 1"),
         (lambda model: Prefix(PrefixSettings(length=3, layers=(0,)), [torch.zeros(2, 4)]), "are no prompts of length 3"),
         (lambda model: logits(model, Prefix(PrefixSettings(length=5, layers=(0,)), [torch.zeros(5, 7)]), ids_of(1, 4)), "of 7"),
-        (lambda model: carried_over(prefix_of(model)[0], [0, 1], 9), "but the emulator has 2 layers"),
-        (lambda model: carried_over(prefix_of(model)[0], [3, 2, 5, 6], 9), r"stands_for=\[3, 2, 5, 6\]: legal are rising"),
-        (lambda model: carried_over(prefix_of(model)[0], [0, 1, 2, 3], 9, "mean"), "layer_map='mean' is unknown"),
+        (lambda model: carried_over(prefix_of(model)[0], StandsFor("", 9, (0, 1))), "but the emulator has 2 layers"),
+        (
+            lambda model: carried_over(prefix_of(model)[0], StandsFor("", 9, (3, 2, 5, 6))),
+            r"stands_for: \[3, 2, 5, 6\] are no rising",
+        ),
+        (lambda model: carried_over(prefix_of(model)[0], StandsFor("", 9, (0, 1, 2, 3)), "mean"), "layer_map='mean' is unknown"),
     ],
 )
 def test_what_does_not_fit_is_refused(made, message):

@@ -37,7 +37,9 @@ def papers(tmp_path_factory):
 
 def serving(papers, **settings):
     tokens = {name: (papers / f"{name}.token").read_text().strip() for name in ("one", "two")}
-    return OwnerServer(layers(), tokens=tokens, certificate=papers / "owner.crt", key=papers / "owner.key", **settings).start()
+    return OwnerServer(
+        layers(), model="whole", tokens=tokens, certificate=papers / "owner.crt", key=papers / "owner.key", **settings
+    ).start()
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,8 @@ def client(papers, server, party="one", **settings):
 @pytest.mark.parametrize("kind", ["prompts", "key_values"])
 def test_what_comes_over_the_network_is_what_the_layers_compute(papers, server, kind):
     states, own, remote = torch.randn(2, 5, HIDDEN), layers(), client(papers, server)
-    own.begin("one", 0, prefix_for(kind))
-    remote.begin(0, prefix_for(kind))
+    own.begin("one", 0, LENGTH, prefix_for(kind))
+    remote.begin(0, LENGTH, prefix_for(kind))
     here, there = own.forward("one", 0, 0, states), remote.forward(0, 0, states)
     assert torch.equal(here, there)
     assert torch.equal(own.backward("one", 0, 0, here), remote.backward(0, 0, there))
@@ -70,7 +72,7 @@ def test_what_comes_over_the_network_is_what_the_layers_compute(papers, server, 
 
 def test_parties_do_not_see_each_others_steps(papers, server):
     one, two = client(papers, server), client(papers, server, "two")
-    one.begin(3, prefix_for())
+    one.begin(3, LENGTH, prefix_for())
     with pytest.raises(UnknownStep, match="step=3 was not begun, or is forgotten"):
         two.forward(3, 0, torch.randn(1, 2, HIDDEN))
 
@@ -100,7 +102,7 @@ def test_an_expired_certificate_is_refused(tmp_path):
 
 def test_bad_messages_are_refused_by_name_and_the_owner_stays_up(papers, server):
     remote = client(papers, server)
-    remote.begin(0, prefix_for())
+    remote.begin(0, LENGTH, prefix_for())
     with pytest.raises(InputError, match=r"refuses forward \(resource_exhausted\)"):
         remote.forward(0, 0, torch.zeros(1, 2000, HIDDEN))
     with pytest.raises(FrameError, match=r"forward: states holds numbers that are not finite"):
@@ -115,9 +117,9 @@ def test_bad_messages_are_refused_by_name_and_the_owner_stays_up(papers, server)
         remote._ask("steal", b"")
     wrong = {"step": 1, "prefix": "prompts", "length": 3, "layers": [0]}
     for fields, tensors, message in [
-        ({"prefix": "weights"}, {}, "prefix='weights' with layers=.0. needs exactly the tensor"),
-        ({"layers": ["0"]}, {"prompts": torch.zeros(1, 3, HIDDEN)}, "needs exactly the tensor"),
-        ({"layers": [7]}, {"prompts": torch.zeros(1, 3, HIDDEN)}, "not for the first, 0"),
+        ({"prefix": "weights"}, {}, "prefix='weights' with layers=.0. needs just the tensor"),
+        ({"layers": ["0"]}, {"prompts": torch.zeros(1, 3, HIDDEN)}, "needs just the tensor"),
+        ({"layers": [7]}, {"prompts": torch.zeros(1, 3, HIDDEN)}, "prefix.layers=.7.: the model has 2"),
         ({"length": 9}, {"prompts": torch.zeros(1, 3, HIDDEN)}, "are no prompts of length 9"),
         ({"step": 1.5}, {"prompts": torch.zeros(1, 3, HIDDEN)}, "field step=1.5 is no int"),
     ]:
@@ -129,23 +131,25 @@ def test_bad_messages_are_refused_by_name_and_the_owner_stays_up(papers, server)
 def test_a_call_waits_for_an_owner_that_comes_back(papers):
     first = serving(papers)
     remote = client(papers, first, patience=30)
-    remote.begin(0, prefix_for())
+    remote.begin(0, LENGTH, prefix_for())
     states = torch.randn(1, 4, HIDDEN)
     expected = remote.forward(0, 0, states)
     first.stop(0)
     again = serving(papers, address=f"localhost:{first.port}")
     with pytest.raises(UnknownStep):  # it has forgotten the step; the party sends it again
         remote.forward(0, 0, states)
-    remote.begin(0, prefix_for())
+    remote.begin(0, LENGTH, prefix_for())
     assert torch.equal(remote.forward(0, 0, states), expected)
     again.stop(0)
 
 
 def test_settings_that_cannot_be_are_refused(papers, server, tmp_path):
     with pytest.raises(InputError, match="each party needs one of at least 16 characters"):
-        OwnerServer(layers(), tokens={"one": "short"}, certificate=papers / "owner.crt", key=papers / "owner.key")
+        OwnerServer(layers(), model="whole", tokens={"one": "short"}, certificate=papers / "owner.crt", key=papers / "owner.key")
     with pytest.raises(InputError, match="No such file"):
-        OwnerServer(layers(), tokens={"one": "x" * 16}, certificate=tmp_path / "none.crt", key=papers / "owner.key")
+        OwnerServer(
+            layers(), model="whole", tokens={"one": "x" * 16}, certificate=tmp_path / "none.crt", key=papers / "owner.key"
+        )
     with pytest.raises(InputError, match="cannot be had"):
         serving(papers, address=f"localhost:{server.port}")
     with pytest.raises(InputError, match="cannot be read"):
