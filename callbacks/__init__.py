@@ -1,5 +1,6 @@
 """Callbacks that work in any Lightning Trainer."""
 
+from .export_prefix import ExportPrefix
 from .export_pretrained import ExportPretrained
 from .gradient_pruning import Adaptive, FixedRate, GradientPruning, PruningPolicy, PublishedRule
 from .loss_rate import LossRateWindow
@@ -10,6 +11,7 @@ from .train_until import TrainUntilCondition
 
 __all__ = [
     "Adaptive",
+    "ExportPrefix",
     "ExportPretrained",
     "FixedRate",
     "GradientPruning",

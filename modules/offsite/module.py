@@ -229,13 +229,15 @@ class OffsitePrefixTuning(LanguageModel):
             self._plug.close()
             self._plug.enter_context(plugged_in(model, prefix))
 
-    def on_fit_start(self) -> None:
-        """Refuse what cannot be trained.
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be trained, before the model is loaded.
 
         Raises:
             InputError: If there is no prefix, the phase is ``plug_in``, or the precision or strategy cannot be split.
         """
-        if self.phase == "plug_in" or self.prefix is None:
+        if stage != "fit":
+            return
+        if self.phase == "plug_in" or (self.prefix_settings is None and self.start is None):
             raise InputError(
                 f"phase={self.phase!r}, prefix={self.prefix_settings}: there is nothing to train here. Use validate."
             )

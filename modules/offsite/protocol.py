@@ -91,7 +91,9 @@ def with_prefix(kind: str, fields: dict[str, int], length: int, prefix: Prefix |
         "prefix": settings.kind if settings else "",
         "layers": list(settings.layers or ()) if settings else [],
     }
-    tensors = {} if prefix is None else {prefix.settings.kind: torch.stack([rows.detach() for rows in prefix.rows])}
+    tensors: dict[str, Tensor] = (
+        {} if prefix is None else {prefix.settings.kind: torch.stack([rows.detach() for rows in prefix.rows])}
+    )
     return Frame(kind, {**fields, **told}, tensors)
 
 

@@ -306,7 +306,8 @@ def split_model(model: PreTrainedModel, cut: int, owners: OwnersLayers) -> PreTr
     if getattr(config, "layer_types", None):
         config.layer_types = [*config.layer_types[:cut], config.layer_types[cut - 1]]
     base.layers = nn.ModuleList([*layers[:cut], owners])
-    for module in model.modules():
-        if getattr(module, "config", None) is whole:
-            module.config = config
+    part: Any
+    for part in model.modules():
+        if getattr(part, "config", None) is whole:
+            part.config = config
     return model
