@@ -96,7 +96,9 @@ def test_distillation_leaves_what_a_party_holds_and_comes_nearer_to_the_model(tm
         other = decoder_layers(whole)[EmulatorManifest.load(tmp_path / "emulator").stands_for[place]].state_dict()
         assert all(torch.equal(tensor, other[name]) for name, tensor in layer.state_dict().items()) == (place < 2)
     run.save_checkpoint(tmp_path / "one.ckpt")
-    again = EmulatorDistillation.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    again = EmulatorDistillation.load_from_checkpoint(
+        tmp_path / "one.ckpt", emulator=EmulatorSpec(3, identical=2), weights_only=True
+    )
     assert again.stands_for == system.stands_for
     assert again._whole == system._whole
 
