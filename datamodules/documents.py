@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from .python_docs import python_docs
+from .python_docs import docstring_rows, python_docs
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".parquet")
+ROWS_PACKAGE = "package:docstrings"
 
 
 class DataError(InputError):
@@ -100,16 +101,18 @@ def _utf8(raw: bytes, where: str) -> str:
 
 
 def read_rows(source: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSONL or Parquet file or of a hub data set.
+    """Yield the rows of a JSONL or Parquet file, of a hub data set, or of the embedded task.
 
     Args:
-        source: File name or ``hub:owner/name[:split]``.
+        source: File name, ``hub:owner/name[:split]``, or ``package:docstrings``.
 
     Raises:
         DataError: If a line is no JSON object, or the hub cannot be reached.
     """
     if source.startswith("hub:"):
         yield from _hub_rows(source)
+    elif source == ROWS_PACKAGE:
+        yield from docstring_rows()
     elif source.endswith(".parquet"):
         import pyarrow.parquet
 

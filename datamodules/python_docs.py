@@ -1,4 +1,6 @@
-"""The embedded text ``package:python-docs``: the reference of Python and the docstrings of installed libraries."""
+"""Embedded data: the text ``package:python-docs``, Python's reference and the docstrings of installed libraries; and the rows
+``package:docstrings``, which ask whose docstring a text is.
+"""
 
 import ast
 import hashlib
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from rich.progress import track
 
@@ -19,6 +22,10 @@ from ..files import cache_folder, write_atomic
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "lightning")
+_ANSWERS = {"python": "A", **dict(zip(LIBRARIES, "BCD"))}  # each begins with a token of its own, also where a token is a byte
+_QUESTION = "\n\nWhose documentation is this: (A) Python, (B) PyTorch, (C) Transformers or (D) Lightning? Answer with one letter."
+_ROWS = 500  # of each answer
+_SHOWN = 400  # characters of a docstring in a prompt
 _SHORTEST = 200  # characters; below are signatures and one-liners
 _SKIPPED = {"site-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -35,33 +42,61 @@ def python_docs() -> Iterator[str]:
             yield json.loads(line)
 
 
-def _collected() -> Path:
-    versions = [f"python-{sysconfig.get_python_version()}", *(f"{name}-{version(name)}" for name in LIBRARIES)]
+def docstring_rows() -> Iterator[dict[str, Any]]:
+    """Yield rows with a ``prompt``, the begin of a docstring, and a ``response``, the letter of the package that it is from.
+
+    A small task of classification for trials: at most 500 rows of each of four answers, mixed, cached as ``python_docs`` is.
+    """
+    path = _cached("docstrings")
+    if not path.is_file():
+        rows = []
+        for library, folders in _roots().items():
+            files = _files(folders, f"Collecting docstrings of {library} (once)")
+            found = {text[:_SHOWN] for file in files for text in _docstrings(file)}
+            chosen = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())[:_ROWS]
+            rows += [{"prompt": text.rstrip() + _QUESTION, "response": _ANSWERS[library]} for text in chosen]
+        rows.sort(key=lambda row: hashlib.sha256(row["prompt"].encode()).digest())
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _cached(name: str) -> Path:
+    """Return the file of the cache for what is made of the versions at hand."""
+    versions = [f"python-{sysconfig.get_python_version()}", *(f"{library}-{version(library)}" for library in LIBRARIES)]
     key = hashlib.sha256(json.dumps([versions, sorted(topics.items())]).encode()).hexdigest()[:16]
-    path = cache_folder("text", f"python-docs-{key}.jsonl")
+    return cache_folder("text", f"{name}-{key}.jsonl")
+
+
+def _collected() -> Path:
+    path = _cached("python-docs")
     if path.is_file():
         return path
-    files = sorted({file for root in _roots() for file in _sources(root)})
     texts = set(topics.values())
-    for file in track(files, description="Collecting docstrings (once)"):
+    for file in _files([folder for folders in _roots().values() for folder in folders], "Collecting docstrings (once)"):
         texts.update(_docstrings(file))
     write_atomic(path, "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in sorted(texts)))
     log.info("Collected %d documents into %s", len(texts), path)
     return path
 
 
-def _roots() -> Iterator[Path]:
-    yield Path(sysconfig.get_paths()["stdlib"])
+def _roots() -> dict[str, list[Path]]:
+    """Return the folders of Python and of each library."""
+    found = {"python": [Path(sysconfig.get_paths()["stdlib"])]}
     for name in LIBRARIES:
         spec = importlib.util.find_spec(name)
         assert spec is not None
-        yield from map(Path, spec.submodule_search_locations or ())
+        found[name] = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return found
 
 
-def _sources(root: Path) -> Iterator[Path]:
-    for file in root.rglob("*.py"):
-        if not _SKIPPED.intersection(file.relative_to(root).parts):
-            yield file
+def _files(folders: list[Path], what: str) -> Iterator[Path]:
+    """Yield the source files in some folders, each once, and show how far it is."""
+    files = {
+        file for folder in folders for file in folder.rglob("*.py") if not _SKIPPED.intersection(file.relative_to(folder).parts)
+    }
+    yield from track(sorted(files), description=what)
 
 
 def _docstrings(file: Path) -> Iterator[str]:

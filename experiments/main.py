@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": ("cli", "write text, or capture a teacher's soft labels"),
     "configs": ("configs", "list the packaged configs, or copy one to edit"),
     "generate": ("evaluation.generate", "text, code, a translation or a class from a model"),
+    "owner": ("offsite.owner", "the service of a model's owner to parties that tune it, certificates, download, a trial"),
     "labels": ("labels", "statistics, verification, export and import of soft-label stores; alignment of vocabularies"),
     "sweep": ("sweep", "a search over settings, by Optuna"),
     "evaluate": ("evaluation.evaluate", "downstream tasks of a model, by lm-eval"),

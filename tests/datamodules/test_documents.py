@@ -73,7 +73,7 @@ def test_python_docs_are_collected_once(monkeypatch, tmp_path):
     long = "Return the sum of two numbers, which may be of any kind that has an addition. " * 4 + "End."
     (package / "code.py").write_text(f'def add(a, b):\n    """{long}"""\n\n\ndef short():\n    """Too short."""\n')
     (package / "broken.py").write_text("def (:\n")
-    monkeypatch.setattr("fulgurite.datamodules.python_docs._roots", lambda: [package])
+    monkeypatch.setattr("fulgurite.datamodules.python_docs._roots", lambda: {"python": [package]})
     found = list(python_docs())
     assert long in found
     assert "Too short." not in found

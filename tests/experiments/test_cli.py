@@ -10,6 +10,11 @@ from lightning.pytorch import Callback
 from fulgurite.errors import InputError
 from fulgurite.experiments.cli import run
 from fulgurite.experiments.configs import packaged_configs
+from fulgurite.modules.offsite import EmulatorManifest, ModelPart
+from fulgurite.modules.offsite.certificates import make_certificates
+from fulgurite.modules.offsite.owner import OwnerLayers
+from fulgurite.modules.offsite.server import OwnerServer
+from fulgurite.modules.tiny import tiny_model
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
@@ -20,10 +25,31 @@ def in_an_own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def inputs(tmp_path, text_file, documents_file):
+def offsite(tmp_path, text_file):
+    """Words for the configs of offsite tuning: an emulator of the tiny model, whose owner answers in this process."""
+    emulator = ["--model.emulator.layers=3", "--model.emulator.identical=1", f"--data.train={text_file}", "--data.block_size=64"]
+    run(["fit", "-c", "offsite/emulator", "--model.source=random:tiny", *emulator, "--trainer.max_steps=1", "--run=made", *QUIET])
+    folder, papers = tmp_path / "runs/emulator/made/export", tmp_path / "papers"
+    make_certificates(papers, hosts=["localhost"], parties=["one"])
+    model = tiny_model()
+    server = OwnerServer(
+        OwnerLayers(ModelPart(model, 1, 4)),
+        model=EmulatorManifest.load(folder).model,
+        tokens=json.loads((papers / "tokens.json").read_text()),
+        certificate=papers / "owner.crt",
+        key=papers / "owner.key",
+    ).start()
+    access = {"address": f"localhost:{server.port}", "token": papers / "one.token", "certificate": papers / "owner.crt"}
+    reach = [f"--model.owner.{name}={value}" for name, value in access.items()]
+    yield {"emulator": emulator, "tune": [], "plug_in": [], "split": [f"--model.source={folder}", *reach]}
+    server.stop(0)
+
+
+@pytest.fixture
+def inputs(tmp_path, text_file, documents_file, offsite):
     """Words that point each packaged config at the tiny model and at small data."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": str(n)}) + "\n" for n in range(40)))
+    rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": "ABCD"[n % 4]}) + "\n" for n in range(40)))
     capture = ["predict", "-c", "distillation/capture", "--model.source=random:tiny", f"--data.train={text_file}"]
     run([*capture, "--data.block_size=64", "--trainer.callbacks.store=labels", *QUIET])
     text = [f"--data.train={text_file}", "--data.block_size=64"]
@@ -36,6 +62,8 @@ def inputs(tmp_path, text_file, documents_file):
         "gradient_pruning/train": [*text, "--trainer.max_epochs=1"],
         "language_model/finetune": text,
         "language_model/instruct": [f"--data.train={rows}"],
+        "offsite/emulator": offsite["emulator"],
+        **{f"offsite/{name}": [f"--data.train={rows}", *offsite[name]] for name in ("tune", "plug_in", "split")},
         "spans/compress": [
             f"--data.documents={documents_file}",
             *("--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
@@ -47,7 +75,7 @@ def inputs(tmp_path, text_file, documents_file):
 def test_every_packaged_config_runs(inputs):
     assert inputs.keys() == packaged_configs().keys()
     for name, words in inputs.items():
-        command = "predict" if name.endswith("capture") else "fit"
+        command = {"distillation/capture": "predict", "offsite/plug_in": "validate"}.get(name, "fit")
         cli = run([command, "-c", name, "--model.source=random:tiny", "--trainer.fast_dev_run=true", *words, *QUIET])
         assert cli.trainer.num_val_batches or command == "predict"
         if command == "predict":

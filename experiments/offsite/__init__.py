@@ -1,0 +1,1 @@
+"""Configs, commands and benchmark of offsite prefix tuning."""
