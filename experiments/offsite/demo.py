@@ -29,6 +29,7 @@ console = Console()
 def demo(
     *,
     model: str = "package:smollm2-135m-instruct",
+    text: str = "package:python-docs",
     task: str = "package:docstrings",
     candidates: list[str] = ["A", "B", "C", "D"],  # noqa: B006  (read only)
     layers: int = 20,
@@ -49,6 +50,7 @@ def demo(
 
     Args:
         model: The owner's model.
+        text: Text that the emulator is distilled on.
         task: Rows of prompts and responses, one half for each party.
         candidates: The responses to choose from.
         layers: Of the emulator.
@@ -72,7 +74,8 @@ def demo(
     common = [f"--runs_folder={root.parent}", f"--experiment={root.name}", f"--seed_everything={seed}"]
     if not emulator.is_dir():
         words = ["fit", "-c", "offsite/emulator", f"--model.source={model}", f"--model.emulator.layers={layers}"]
-        words += [f"--model.emulator.identical={cut}", f"--trainer.max_steps={emulator_steps}", *common, "--run=emulator"]
+        words += [f"--model.emulator.identical={cut}", f"--data.train={text}", f"--trainer.max_steps={emulator_steps}"]
+        words += [*common, "--run=emulator"]
         _run("owner", words, root)
     test = [f"--data.train={task}", f"--data.train_rows={rows}", f"--data.val_rows={val_rows}", f"--model.candidates={choices}"]
     owner, address = _serve(model, emulator, papers, root)
