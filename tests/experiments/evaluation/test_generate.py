@@ -5,7 +5,13 @@ import pytest
 from fulgurite.experiments.evaluation.code_execution import Limits, run_code
 from fulgurite.experiments.evaluation.templates import TEMPLATES, template
 from fulgurite.experiments.main import main
+from fulgurite.modules.offsite import EmulatorManifest, ModelPart, Prefix, PrefixSettings
+from fulgurite.modules.offsite.certificates import make_certificates
+from fulgurite.modules.offsite.owner import OwnerLayers
+from fulgurite.modules.offsite.server import OwnerServer
+from fulgurite.modules.pretrained import model_fingerprint
 from fulgurite.modules.span_attention import SpanPlan, SpanRule, runtime
+from fulgurite.modules.student import keep_layers
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
 
 
@@ -135,3 +141,53 @@ def test_generated_code_runs_within_limits(tmp_path):
     good, message = run_code("import os; print(sorted(os.environ), os.listdir())")
     assert good
     assert "HOME" not in message
+
+
+@pytest.fixture
+def split(tmp_path):
+    """An emulator's folder, a prefix for its owner's model, and words that reach the owner."""
+    whole = tiny_model()
+    fingerprint = model_fingerprint(whole)
+    prefix = Prefix.random(whole, PrefixSettings(length=3))
+    prefix.save(tmp_path / "prefix", fingerprint)
+    emulator = tiny_model()
+    keep_layers(emulator, [0, 1])
+    emulator.save_pretrained(tmp_path / "emulator")
+    tiny_tokenizer().save_pretrained(tmp_path / "emulator")
+    EmulatorManifest(fingerprint, 4, (0, 1), 1, "tiny", None, {}).save(tmp_path / "emulator")
+    make_certificates(tmp_path / "papers", hosts=["localhost"], parties=["one"])
+    token = tmp_path / "papers" / "one.token"
+    server = OwnerServer(
+        OwnerLayers(ModelPart(whole.bfloat16(), 1, 4)),
+        model=fingerprint,
+        tokens={"one": token.read_text().strip()},
+        certificate=tmp_path / "papers" / "owner.crt",
+        key=tmp_path / "papers" / "owner.key",
+    ).start()
+    reach = [f"--split=localhost:{server.port}", f"--token={token}", f"--certificate={tmp_path / 'papers' / 'owner.crt'}"]
+    yield ["--model", str(tmp_path / "emulator"), *reach], ["--prefix", str(tmp_path / "prefix")]
+    server.stop(0)
+
+
+@pytest.mark.parametrize("head", ["party", "owner"])
+def test_text_through_a_split_is_that_of_the_whole_model(model, split, head, capsys):
+    through, prefix = split
+    written = []
+    for words in ([*through, "--head", head, *prefix], ["--model", model, *prefix], ["--model", model]):
+        main(["generate", *words, "--prompt", "sand and", "--max_new_tokens", "12"])
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1] != written[2]
+    main(["generate", *through, *prefix, "--prompt", "sand", "--temperature", "1", "--head", head])
+    assert capsys.readouterr().out
+
+
+def test_words_that_contradict_each_other_are_refused(model, split, capsys):
+    through, prefix = split
+    for words, message in (
+        ([*through[:3]], "--split needs --token and --certificate"),
+        (["--model", model, "--head", "owner"], "are for --split"),
+        (["--model", model, *prefix, "--task", "classification", "--candidates", "[a,b]"], "cannot be scored with --prefix"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["generate", *words, "--prompt", "sand"])
+        assert message in capsys.readouterr().err
