@@ -14,8 +14,8 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import write_json
+from ..netlab import NetLab
 from .baselines import read_log
-from .netlab import NetLab
 
 PRUNING = "fulgurite.callbacks.GradientPruning"
 _HOOK = "fulgurite.experiments.gradient_pruning.baselines.CompressionHook"

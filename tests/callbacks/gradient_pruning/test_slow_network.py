@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from fulgurite.experiments.gradient_pruning.netlab import NetLab, what_is_missing
+from fulgurite.experiments.netlab import NetLab, what_is_missing
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from fulgurite.errors import InputError
-from fulgurite.experiments.gradient_pruning import netlab
-from fulgurite.experiments.gradient_pruning.netlab import NetLab, check_rate, remove_left_overs, what_is_missing
+from fulgurite.experiments import netlab
+from fulgurite.experiments.netlab import NetLab, check_rate, remove_left_overs, what_is_missing
 
 needs_network = pytest.mark.skipif(what_is_missing() is not None, reason=f"no network can be made here: {what_is_missing()}")
 
@@ -68,7 +68,7 @@ def test_a_cut_link_only_slows(tmp_path):
 @needs_network
 def test_nothing_is_left_behind_even_by_a_killed_lab(tmp_path):
     code = (
-        "import time; from fulgurite.experiments.gradient_pruning.netlab import NetLab\n"
+        "import time; from fulgurite.experiments.netlab import NetLab\n"
         "with NetLab(2) as lab: print('made', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

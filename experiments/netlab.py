@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from ...errors import InputError
+from ..errors import InputError
 
 _PREFIX = "fg"  # of all namespaces; the process that made one stands behind it
 _RATE = re.compile(r"^\d+(\.\d+)?(k|m|g)bit$")

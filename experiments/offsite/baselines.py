@@ -1,0 +1,56 @@
+"""What a tuned prefix is compared with: PEFT's own prefix tuning and LoRA, on the whole model."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...modules import OffsitePrefixTuning
+from ...modules.language_model import Batch
+
+
+class PeftTuning(OffsitePrefixTuning):
+    """The model with an adapter of PEFT's; data, loss and figures are those of ``OffsitePrefixTuning``.
+
+    Args:
+        source: The whole model.
+        method: ``lora``, rank 8 on all projections, or ``prefix``.
+        length: Virtual tokens of ``prefix``.
+        settings: Of ``OffsitePrefixTuning``.
+    """
+
+    def __init__(self, source: str, method: Literal["lora", "prefix"], length: int, **settings: Any) -> None:
+        super().__init__(source, prefix=None, **settings)
+        self.method, self.virtual = method, length
+        self._peft: list[Any] = []
+
+    def setup(self, stage: str) -> None:
+        """There is something to train, if no prefix."""
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        import peft
+
+        super()._adopt(model)
+        if self.method == "lora":
+            peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), model)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.float()
+            return
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual)
+        wrapped = peft.get_peft_model(model, config)
+        self.encoder = wrapped.prompt_encoder.float()
+        self._peft = [wrapped]
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the final hidden states of a right-padded batch."""
+        if self.method == "lora":
+            return super().hidden_states(batch)
+        assert self.model is not None
+        ids = batch["input_ids"]
+        past = self._peft[0].get_prompt(batch_size=len(ids))
+        positions = torch.arange(self.virtual, self.virtual + ids.shape[1]).expand(len(ids), -1)
+        return self.model.base_model(
+            input_ids=ids, position_ids=positions, past_key_values=past, use_cache=True
+        ).last_hidden_state

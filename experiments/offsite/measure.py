@@ -1,0 +1,229 @@
+"""The rungs of the ladder from no tuning to tuning of the whole model, for ``benchmark offsite``."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+
+from ...callbacks import TokenRate
+from ...datamodules import PartyDataModule
+from ...errors import InputError, nearest
+from ...files import atomic_folder, cache_folder, digest
+from ...modules import OffsitePrefixTuning, WarmupCosine
+from ...modules.offsite import EmulatorManifest, ModelPart, Prefix, PrefixSettings
+from ...modules.offsite.averaging import average_prefixes
+from ...modules.offsite.owner import OwnerLayers
+from ...modules.offsite.prefix import LayerMap
+from ...modules.offsite.remote import LocalOwner
+from ...modules.pretrained import load_model
+from ..benchmarks.plan import code_version
+from .baselines import PeftTuning
+from .tasks import CANDIDATES
+
+log = logging.getLogger(__name__)
+RUNGS = (
+    "zero",
+    "emulator-zero",
+    "emulator",
+    "plug-in",
+    "split",
+    "federated",
+    "central",
+    "peft-prefix",
+    "lora",
+)
+
+
+class Ladder:
+    """What all rungs share: models, data, and how a prefix is trained and measured.
+
+    Args:
+        full: Source of the owner's model.
+        emulator: Folder of its emulator.
+        task: Name of the task.
+        rows: Folder of ``write_task``.
+        length: Of the prefix.
+        batch_size: Examples a step.
+        seed: Of everything.
+    """
+
+    def __init__(self, full: str, emulator: str, task: str, rows: str, length: int, batch_size: int, seed: int) -> None:
+        self.full, self.emulator, self.length, self.seed = full, emulator, length, seed
+        self.common: dict[str, Any] = {"candidates": CANDIDATES[task], "weights": "bfloat16"}
+        self.prefix = PrefixSettings(length=length)
+        files = {"train": str(Path(rows) / "train.jsonl"), "val": str(Path(rows) / "test.jsonl")}
+        self.data = partial(PartyDataModule, **files, batch_size=batch_size, max_length=512, seed=seed)
+        self.tokens = 0
+
+    def rows(self, **data: Any) -> int:
+        """Return how many rows there are to train on."""
+        found = self.data(**data, tokenizer=self.full)
+        found.setup("fit")
+        assert found.train_set is not None
+        return len(found.train_set)  # type: ignore[arg-type]
+
+    def fit(self, module: LightningModule, steps: int, **data: Any) -> LightningModule:
+        """Train for some steps."""
+        rate = TokenRate()
+        quiet: dict[str, Any] = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+        }
+        trainer = Trainer(max_steps=steps, max_epochs=-1, precision="32-true", gradient_clip_val=1.0, callbacks=[rate], **quiet)
+        trainer.fit(module, self.data(**data))
+        self.tokens += rate.tokens
+        return module
+
+    def score(self, module: LightningModule) -> dict[str, float]:
+        """Return accuracy and loss on the test rows."""
+        trainer = Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False, precision="32-true")
+        found = trainer.validate(module, self.data(), verbose=False)[0]
+        return {"accuracy": found["val_accuracy"], "loss": found["val_loss"], "tokens": float(self.tokens)}
+
+    def tuning(self, source: str, rate: float, **settings: Any) -> OffsitePrefixTuning:
+        """Return a module that trains a prefix."""
+        seed_everything(self.seed, verbose=False)
+        optimizer = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0)
+        return OffsitePrefixTuning(
+            source, prefix=self.prefix, optimizer=optimizer, lr_scheduler=WarmupCosine, **self.common, **settings
+        )
+
+    def plugged(self, source: str, start: Path | None = None, layer_map: LayerMap = "kept") -> OffsitePrefixTuning:
+        """Return a module that measures a prefix, or the model without one."""
+        place = None if start is None else str(start)
+        return OffsitePrefixTuning(source, phase="plug_in", prefix=None, start=place, layer_map=layer_map, **self.common)
+
+    def on_emulator(self, steps: int, rate: float, **data: Any) -> Path:
+        """Return the folder of a prefix tuned on the emulator; the same one is tuned once."""
+        key = [self.emulator, str(self.data.keywords), self.common, self.length, steps, rate, self.seed, data, code_version()]
+        weights = EmulatorManifest.load(Path(self.emulator)).files
+        folder = cache_folder("offsite", digest([key, weights]))
+        if not folder.is_dir():
+            module = self.fit(self.tuning(self.emulator, rate), steps, **data)
+            assert isinstance(module, OffsitePrefixTuning)
+            with atomic_folder(folder) as new:
+                module.save_prefix(new / "prefix")
+        return folder / "prefix"
+
+    def split(self, start: Path, steps: int, rate: float, layer_map: LayerMap, **data: Any) -> OffsitePrefixTuning:
+        """Go on with a prefix through the owner's layers, which stand in this process; a test holds that they are the same."""
+        module = self.tuning(self.emulator, rate, phase="split", start=str(start), layer_map=layer_map)
+        manifest = EmulatorManifest.load(Path(self.emulator))
+        whole = load_model(self.full, "bfloat16")
+        module.owner = LocalOwner(OwnerLayers(ModelPart(whole, manifest.identical, manifest.layers), most_graphs=1))
+        module.cut = manifest.identical
+        found = self.fit(module, steps, **data)
+        assert isinstance(found, OffsitePrefixTuning)
+        return found
+
+
+def rung(
+    *,
+    seed: int,
+    kind: str,
+    task: str,
+    full: str,
+    emulator: str,
+    rows: str,
+    length: int,
+    batch_size: int,
+    tune_steps: int,
+    split_steps: int,
+    tune_rate: float,
+    split_rate: float,
+    lora_rate: float = 2e-4,
+    layer_map: LayerMap = "kept",
+    parties: int = 2,
+    alpha: float | None = None,
+    rounds: int = 2,
+) -> dict[str, float]:
+    """Return accuracy and loss on a task's test rows of one rung.
+
+    Args:
+        seed: Of the prefix and the order of rows.
+        kind: One of ``RUNGS``.
+        task: ``sst2`` or ``ag_news``.
+        full: Source of the owner's model.
+        emulator: Folder of its emulator.
+        rows: Folder of ``write_task``.
+        length: Of the prefix.
+        batch_size: Examples a step.
+        tune_steps: Optimizer steps on the emulator.
+        split_steps: Optimizer steps through the split.
+        tune_rate: Learning rate of the former.
+        split_rate: Of the latter.
+        lora_rate: Of LoRA.
+        layer_map: How an emulator's prefix is carried over.
+        parties: Of ``federated``.
+        alpha: Of ``federated``: unlike parties; None for alike ones.
+        rounds: Of ``federated``: how often prefixes are averaged in the split phase.
+
+    Raises:
+        InputError: If the kind is unknown.
+    """
+    if kind not in RUNGS:
+        raise InputError(f"kind={kind!r} is no rung.{nearest(kind, RUNGS)}")
+    ladder = Ladder(full, emulator, task, rows, length, batch_size, seed)
+    if kind in ("zero", "emulator-zero"):
+        return ladder.score(ladder.plugged(full if kind == "zero" else emulator))
+    if kind == "central":
+        return ladder.score(ladder.fit(ladder.tuning(full, tune_rate), tune_steps + split_steps))
+    if kind in ("peft-prefix", "lora"):
+        seed_everything(seed, verbose=False)
+        rate = lora_rate if kind == "lora" else tune_rate
+        optimizer = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0)
+        module = PeftTuning(
+            full, "lora" if kind == "lora" else "prefix", length, optimizer=optimizer, lr_scheduler=WarmupCosine, **ladder.common
+        )
+        return ladder.score(ladder.fit(module, tune_steps + split_steps))
+    if kind == "federated":
+        return _federated(ladder, parties, alpha, rounds, tune_steps, split_steps, tune_rate, split_rate, layer_map)
+    start = ladder.on_emulator(tune_steps, tune_rate)
+    if kind == "emulator":
+        return ladder.score(ladder.plugged(emulator, start))
+    if kind == "plug-in":
+        return ladder.score(ladder.plugged(full, start, layer_map))
+    return ladder.score(ladder.split(start, split_steps, split_rate, layer_map))
+
+
+def _federated(
+    ladder: Ladder,
+    parties: int,
+    alpha: float | None,
+    rounds: int,
+    tune_steps: int,
+    split_steps: int,
+    tune_rate: float,
+    split_rate: float,
+    layer_map: LayerMap,
+) -> dict[str, float]:
+    """Each party tunes on the emulator with its rows; their prefixes are averaged then, and after each round in the split.
+
+    A party takes as many steps as it has rows for, and all of them together as many times those of one alone as they are.
+    """
+    manifest = EmulatorManifest.load(Path(ladder.emulator))
+    shares: list[dict[str, Any]] = [{"party": party, "parties": parties, "alpha": alpha} for party in range(parties)]
+    rows = [ladder.rows(**share) for share in shares]
+
+    def steps_of(steps: int) -> list[int]:
+        return [max(1, round(steps * parties * own / sum(rows))) for own in rows]
+
+    folders = [ladder.on_emulator(steps, tune_rate, **share) for steps, share in zip(steps_of(tune_steps), shares)]
+    mean = average_prefixes([Prefix.load(folder, manifest.model, layer_map) for folder in folders], steps_of(tune_steps))
+    work = cache_folder("offsite", f"rounds-{digest([str(folder) for folder in folders])}")
+    for turn in range(rounds):
+        with atomic_folder(work / str(turn)) as new:
+            mean.save(new / "prefix", manifest.model)
+        start = work / str(turn) / "prefix"
+        local = steps_of(split_steps // rounds)
+        found = [ladder.split(start, steps, split_rate, layer_map, **share).prefix for steps, share in zip(local, shares)]
+        mean = average_prefixes([prefix for prefix in found if prefix is not None], local)
+        log.info("Round %d of %d is averaged", turn + 1, rounds)
+    with atomic_folder(work / "last") as new:
+        mean.save(new / "prefix", manifest.model)
+    return ladder.score(ladder.plugged(ladder.full, work / "last" / "prefix"))

@@ -1,0 +1,56 @@
+"""Small tasks of classification as rows of prompts and responses."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...errors import InputError, nearest
+from ...files import write_atomic
+
+_SENTIMENT = ("negative", "positive")
+_TOPICS = ("World", "Sports", "Business", "Technology")
+CANDIDATES = {"sst2": list(_SENTIMENT), "ag_news": list(_TOPICS)}
+
+
+def write_task(*, seed: int = 0, task: str, data: str, folder: str, train_rows: int, test_rows: int) -> dict[str, float]:
+    """Write ``train.jsonl`` and ``test.jsonl`` of a task; return how many rows they have.
+
+    Args:
+        seed: Not used: the first rows of the published files are taken.
+        task: ``sst2`` or ``ag_news``.
+        data: Folder of the data sets.
+        folder: To write to.
+        train_rows: To train on.
+        test_rows: To test on.
+
+    Raises:
+        InputError: If the task is unknown.
+    """
+    readers = {"sst2": _sst2, "ag_news": _ag_news}
+    if task not in readers:
+        raise InputError(f"task={task!r} is unknown.{nearest(task, readers)}")
+    found = {}
+    for split, limit in (("train", train_rows), ("test", test_rows)):
+        rows = [row for row, _ in zip(readers[task](Path(data) / task, split), range(limit))]
+        lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in rows]
+        write_atomic(Path(folder) / f"{split}.jsonl", "".join(lines))
+        found[f"{split}_rows"] = float(len(rows))
+    return found
+
+
+def _sst2(folder: Path, split: str) -> Iterator[tuple[str, str]]:
+    with open(folder / {"train": "train_b.tsv", "test": "validation.tsv"}[split], encoding="utf-8") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            yield f"Is this review positive or negative? {row['sentence'].strip()}", _SENTIMENT[int(row["label"])]
+
+
+def _ag_news(folder: Path, split: str) -> Iterator[tuple[str, str]]:
+    question = "Which topic is this news about: World, Sports, Business or Technology?"
+    with open(folder / {"train": "train_5k.csv", "test": "test.csv"}[split], encoding="utf-8", newline="") as file:
+        for row in csv.reader(file):
+            if split == "train":
+                text, topic = row[0], int(row[1])
+            else:
+                text, topic = f"{row[1]} {row[2]}", int(row[0]) - 1
+            yield f"{question} {text}", _TOPICS[topic]
