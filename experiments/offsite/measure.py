@@ -54,7 +54,7 @@ class Ladder:
         self.full, self.emulator, self.length, self.seed = full, emulator, length, seed
         self.common: dict[str, Any] = {"candidates": CANDIDATES[task], "weights": "bfloat16"}
         self.prefix = PrefixSettings(length=length)
-        files = {"train": str(Path(rows) / "train.jsonl"), "val": str(Path(rows) / "test.jsonl")}
+        files: dict[str, Any] = {"train": str(Path(rows) / "train.jsonl"), "val": str(Path(rows) / "test.jsonl")}
         self.data = partial(PartyDataModule, **files, batch_size=batch_size, max_length=512, seed=seed)
         self.tokens = 0
 
