@@ -81,6 +81,8 @@ class OffsitePrefixTuning(LanguageModel):
             positions, and in generation the most likely next tokens.
         prefix_layers: Who gets the rows of the owner's layers in ``split``: the ``owner``, once for an optimizer step; or
             nobody, and the prefix has rows in the ``party``'s layers only.
+        noise: In ``split``, deviation of Gaussian noise on the states that are sent, as a share of each token's root mean square:
+            harder to read for the owner, and for its layers.
         send_labels: With ``head: owner``, let the owner compute the loss: it then knows the labels.
         candidates: Answers to choose from, each beginning with another token; with ``head: owner``, only their logits are asked.
         optimizer: Optimizer, given its parameters.
@@ -107,6 +109,7 @@ class OffsitePrefixTuning(LanguageModel):
         owner: OwnerAccess | None = None,
         head: Literal["party", "owner"] = "party",
         prefix_layers: Literal["party", "owner"] = "owner",
+        noise: float = 0.0,
         send_labels: bool = False,
         candidates: list[str] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -127,9 +130,16 @@ class OffsitePrefixTuning(LanguageModel):
             loss_chunk_tokens=loss_chunk_tokens,
             generation=generation,
         )
-        for name, value, usual in (("head", head, "party"), ("prefix_layers", prefix_layers, "owner"), ("owner", owner, None)):
+        for name, value, usual in (
+            ("head", head, "party"),
+            ("prefix_layers", prefix_layers, "owner"),
+            ("owner", owner, None),
+            ("noise", noise, 0.0),
+        ):
             if phase != "split" and value != usual:
                 raise InputError(f"{name}={value!r} is for phase: split; the phase is {phase!r}. Leave it out.")
+        if noise < 0:
+            raise InputError(f"noise={noise} is below 0. Legal: 0 or more.")
         if send_labels and head != "owner":
             raise InputError("send_labels=true is for head: owner: the loss is computed where the head is. Leave it out.")
         if candidates is not None and len(set(candidates)) < 2:
@@ -145,7 +155,7 @@ class OffsitePrefixTuning(LanguageModel):
         self.phase: Phase = phase
         self.prefix_settings, self.start, self.text, self.layer_map = prefix, start, text, layer_map
         self.access, self.head, self.prefix_layers, self.send_labels = owner, head, prefix_layers, send_labels
-        self.candidates = candidates
+        self.candidates, self.noise = candidates, noise
         self.prefix: Prefix | None = None
         self.owner: Owner | None = None
         """Set before the model is configured, this owner is taken instead of one over the network."""
@@ -219,7 +229,7 @@ class OffsitePrefixTuning(LanguageModel):
                 prefix = self.prefix = prefix.within(0, self.cut)
             theirs = None if prefix is None else prefix.within(self.cut, self.manifest.layers)
             theirs = theirs if theirs is not None and len(theirs.rows) else None
-            self._owners = OwnersLayers(self.owner, self.length, theirs)
+            self._owners = OwnersLayers(self.owner, self.length, theirs, self.noise)
             split_model(model, self.cut, self._owners)
             if self.head == "owner":
                 self._owners.top = _SAMPLED_TOP if self.generation.temperature > 0 else 1

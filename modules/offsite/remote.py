@@ -15,7 +15,7 @@ from ...errors import InputError
 from ..student import decoder_layers
 from .owner import HeadRequest, OwnerLayers, UnknownStep, brings_its_virtual_states
 from .prefix import Prefix
-from .split import with_virtual, without_virtual
+from .split import with_noise, with_virtual, without_virtual
 from .texts import OwnerTexts
 
 log = logging.getLogger(__name__)
@@ -217,11 +217,12 @@ class OwnersLayers(nn.Module):
         owner: The owner.
         length: Of the prefix; 0 without one.
         prefix: See ``RemoteSteps``.
+        noise: Deviation of Gaussian noise on the states that are sent, as a share of each token's root mean square.
     """
 
-    def __init__(self, owner: Owner, length: int = 0, prefix: Prefix | None = None) -> None:
+    def __init__(self, owner: Owner, length: int = 0, prefix: Prefix | None = None, noise: float = 0.0) -> None:
         super().__init__()
-        self.owner, self.length = owner, length
+        self.owner, self.length, self.noise = owner, length, noise
         self.steps = RemoteSteps(owner, length, prefix)
         self._prefix = (prefix,)  # in a tuple: its parameters are those of the module that trains it
         self.request: HeadRequest | None = None  # asks the owner's head in training, instead of states
@@ -256,16 +257,17 @@ class OwnersLayers(nn.Module):
         return with_virtual(found, self.length) if self.length else found
 
     def _travelling(self, states: Tensor) -> Tensor:
-        return states if self.sends_virtual_states else without_virtual(states, self.length)
+        return with_noise(states if self.sends_virtual_states else without_virtual(states, self.length), self.noise)
 
     def _written(self, states: Tensor, place: int) -> Tensor:
         if len(states) != 1:
             raise InputError(f"{len(states)} texts at once cannot be written through a split. Legal: one.")
-        sent = states
         if place == 0:
             self._text, self._sent = random.getrandbits(48), []
             self.owner.open(self._text, self.length, self._prefix[0])
             sent = self._travelling(states)
+        else:
+            sent = with_noise(states, self.noise)
         # As many as were sent before; the first ones with their virtual positions, where those travel.
         before = sum(part.shape[1] for part in self._sent) - (self.length if place and self.sends_virtual_states else 0)
         self._sent.append(sent)

@@ -102,6 +102,14 @@ def without_virtual(states: Tensor, length: int) -> Tensor:
     return states[:, length:]
 
 
+def with_noise(states: Tensor, noise: float) -> Tensor:
+    """Return states [batch, tokens, hidden size] with Gaussian noise, its deviation a share of each token's root mean square."""
+    if not noise:
+        return states
+    deviation = states.detach().float().square().mean(-1, keepdim=True).sqrt() * noise
+    return states + (torch.randn_like(states, dtype=torch.float32) * deviation).to(states.dtype)
+
+
 def with_virtual(states: Tensor, length: int) -> Tensor:
     """Return states [batch, tokens, hidden size] with room for a prefix's rows, which replace what stands there."""
     return torch.cat([states.new_zeros(len(states), length, states.shape[-1]), states], dim=1)

@@ -1,0 +1,101 @@
+"""How much of a party's text can its owner read from the states that are sent? An attack that is trained on public text."""
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from ...datamodules import TextDataModule
+from ...modules.linear_loss import linear_loss
+from ...modules.offsite import ModelPart, Prefix, PrefixSettings, behind_prefix, plugged_in, without_virtual
+from ...modules.offsite.split import with_noise
+from ...modules.pretrained import head_weight, load_model
+
+_LENGTH = 16  # of the prefixes
+_BLOCK = 128  # tokens of a text
+
+
+class Inverter(nn.Module):
+    """From states to embeddings of the tokens: a layer of attention over all of a text's states, and a perceptron.
+
+    Args:
+        size: Hidden size.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        heads = next(number for number in (8, 4, 3, 2, 1) if size % number == 0)
+        self.norm = nn.LayerNorm(size)
+        self.mix = nn.TransformerEncoderLayer(size, heads, 2 * size, dropout=0.0, batch_first=True, norm_first=True)
+        self.last = nn.Linear(size, size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return what is compared with embeddings [texts, tokens, hidden size] of states of that shape."""
+        states = self.norm(states)
+        return self.last(self.mix(states) + states)
+
+
+def inversion(
+    *, seed: int, source: str, cut: int, noise: float, public: str, private: str, public_tokens: int, private_tokens: int
+) -> dict[str, float]:
+    """Return how many tokens of a private text an attack recovers from the states behind a party's layers.
+
+    The attacker knows the party's layers, which are its own, and the embedding; it does not know the party's prefix, and trains
+    with one of its own on public text. It sees all states of a text at once.
+
+    Args:
+        seed: Of everything.
+        source: The model.
+        cut: Number of the party's layers.
+        noise: See ``OffsitePrefixTuning``.
+        public: Text to train the attack on; see ``TextDataModule``.
+        private: Text to attack.
+        public_tokens: Of the former.
+        private_tokens: Of the latter.
+    """
+    torch.manual_seed(seed)
+    model = load_model(source, "float32").requires_grad_(False)
+    weight = head_weight(model)
+    prefixes = [Prefix.random(model, PrefixSettings(length=_LENGTH), seed=1000 * seed + number) for number in range(2)]
+    part = ModelPart(model, 0, cut)
+    found = []
+    for text, tokens, prefix in ((public, public_tokens, prefixes[0]), (private, private_tokens, prefixes[1])):
+        ids = _blocks(text, tokens, source)
+        found.append((ids, _sent(part, prefix.within(0, cut), ids, noise)))
+    (ids, states), (hidden, seen) = found
+    inverter = Inverter(states.shape[-1])
+    rate, batch = 1e-3, 8
+    optimizer = torch.optim.AdamW(inverter.parameters(), lr=rate)
+    orders = [torch.randperm(len(ids)).split(batch) for _ in range(2)]
+    steps = [rows for order in orders for rows in order]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(steps))
+    for rows in track(steps, description="Training the attack"):
+        guess = inverter(states[rows]).flatten(0, 1)
+        linear_loss(guess, weight, ids[rows].flatten()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        right = [
+            linear_loss(inverter(one).flatten(0, 1), weight, own.flatten()).correct
+            for own, one in zip(hidden.split(8), seen.split(8))
+        ]
+    return {"recovered": float(torch.cat(right).float().mean())}
+
+
+def _blocks(text: str, tokens: int, source: str) -> Tensor:
+    data = TextDataModule(text, tokenizer=source, block_size=_BLOCK, batch_size=1, train_tokens=tokens, val_fraction=0, seed=0)
+    data.prepare_data()
+    data.setup()
+    return data.calibration_batch(tokens)["input_ids"]
+
+
+@torch.no_grad()
+def _sent(part: ModelPart, prefix: Prefix, ids: Tensor, noise: float) -> Tensor:
+    """Return the states that an owner gets of some texts [texts, tokens, hidden size]."""
+    found = []
+    with plugged_in(part.body, prefix):
+        for rows in track(ids.split(8), description="Reading"):
+            behind = behind_prefix({"input_ids": rows}, _LENGTH)["input_ids"]
+            positions = torch.arange(behind.shape[1]).expand(len(behind), -1)
+            found.append(with_noise(without_virtual(part(behind, position_ids=positions), _LENGTH), noise))
+    return torch.cat(found)
