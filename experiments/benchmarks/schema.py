@@ -60,7 +60,7 @@ SCHEMA = _mapping(
                             "better": {"enum": ["lower", "higher"]},
                             "digits": {"type": "integer", "minimum": 0},
                             "timing": {"type": "boolean"},
-                            "relative": {"enum": ["ratio", "difference", "speedup", "recovered"]},
+                            "relative": {"enum": ["ratio", "difference", "speedup", "interval", "recovered"]},
                         },
                         "title",
                     )

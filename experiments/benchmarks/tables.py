@@ -107,7 +107,7 @@ def make_table(plan: Benchmark, results: list[dict[str, Any]], *, mixed: bool = 
         if "better" in column and rows:
             _mark_best(rows, key, column["better"])
     table = Table(dict(columns), rows, remarks)
-    _add_recovered(table, plan, known)
+    _add_paired(table, plan, known)
     _add_relative(table, plan)
     return table
 
@@ -200,7 +200,7 @@ def _add_relative(table: Table, plan: Benchmark) -> None:
     for key, column in table.columns.items():
         columns[key] = column
         kind = column.get("relative")
-        if kind in (None, "recovered") or not baseline:
+        if kind in (None, *_PAIRED) or not baseline:
             continue
         name = f"{key}:{kind}"
         how = {"ratio": "/ baseline", "difference": "- baseline", "speedup": "times less than the baseline"}[kind]
@@ -214,8 +214,11 @@ def _add_relative(table: Table, plan: Benchmark) -> None:
     table.columns = columns
 
 
-def _add_recovered(table: Table, plan: Benchmark, results: list[dict[str, Any]]) -> None:
-    """Add two columns beside each that asks for ``recovered``.
+_PAIRED = ("interval", "recovered")
+
+
+def _add_paired(table: Table, plan: Benchmark, results: list[dict[str, Any]]) -> None:
+    """Add a column beside each that asks for ``interval``, and a second one beside each that asks for ``recovered``.
 
     The first is the difference from the baseline, the mean over the seeds that both have, with half its 95 % interval (Student's
     t of the differences seed by seed); the second the share of the difference between the baseline and the goal.
@@ -223,19 +226,18 @@ def _add_recovered(table: Table, plan: Benchmark, results: list[dict[str, Any]])
     Raises:
         InputError: If a column asks for it and the baseline or the goal is no variant.
     """
-    report = plan.spec["report"]
-    if not any(column.get("relative") == "recovered" for column in table.columns.values()):
-        return
-    for name in ("baseline", "goal"):
-        if report.get(name) not in plan.spec["variants"]:
+    report, kinds = plan.spec["report"], {column.get("relative") for column in table.columns.values()}
+    for name, users in (("baseline", _PAIRED), ("goal", ("recovered",))):
+        asking = [kind for kind in users if kind in kinds]
+        if asking and report.get(name) not in plan.spec["variants"]:
             raise InputError(
-                f"report.{name}={report.get(name)!r} of benchmark {plan.name!r} is no variant, but a column is 'recovered'."
+                f"report.{name}={report.get(name)!r} of benchmark {plan.name!r} is no variant, but a column is {asking[0]!r}."
                 f"{nearest(str(report.get(name)), plan.spec['variants'])}"
             )
     columns: dict[str, dict[str, Any]] = {}
     for key, column in table.columns.items():
         columns[key] = column
-        if column.get("relative") != "recovered":
+        if column.get("relative") not in _PAIRED:
             continue
         values: dict[str, dict[int, float]] = {}
         for result in results:
@@ -243,15 +245,18 @@ def _add_recovered(table: Table, plan: Benchmark, results: list[dict[str, Any]])
             if found is not None:
                 values.setdefault(result["run"]["variant"], {})[result["run"]["seed"]] = found
         base = values.get(report["baseline"], {})
-        whole = _paired(values.get(report["goal"], {}), base)
         difference, share = f"{key}:difference", f"{key}:recovered"
         columns[difference] = {**column, "title": f"{column['title']} - baseline, 95 % interval", "sign": True}
-        columns[share] = {"title": f"of the goal's {column['title']}", "digits": 2}
         for row in table.rows:
             cell = _paired(values.get(row.variant, {}), base)
             row.cells[difference] = Cell(None, None) if row.variant == report["baseline"] else cell
-            known = cell.mean is not None and whole.mean and row.variant != report["baseline"]
-            row.cells[share] = Cell((cell.mean or 0) / (whole.mean or 1) if known else None, None)
+        if column["relative"] == "interval":
+            continue
+        whole = _paired(values.get(report["goal"], {}), base)
+        columns[share] = {"title": f"of the goal's {column['title']}", "digits": 2}
+        for row in table.rows:
+            own = row.cells[difference].mean
+            row.cells[share] = Cell(own / whole.mean if own is not None and whole.mean else None, None)
     table.columns = columns
 
 

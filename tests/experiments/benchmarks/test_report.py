@@ -44,6 +44,10 @@ def test_share_of_the_gain_and_its_interval_are_paired_by_seed(bench):
     assert "| -1.000 ± 0.000 | 1.00 |" in text
     # Differences -0.8, -0.7, -0.9: deviation 0.1, times 4.303 / sqrt(3).
     assert "| -0.800 ± 0.248 | 0.80 |" in text
+    plan = bench(lambda spec: recovering(spec) or spec["report"]["columns"]["loss"].update(relative="interval"))
+    without = markdown(make_table(plan, results))
+    assert "| -0.800 ± 0.248 |" in without
+    assert "of the goal" not in without
 
 
 def test_recovered_without_a_goal_is_refused(bench):
