@@ -14,11 +14,12 @@ class TokenRate(Callback):
 
     Attributes:
         tokens: Tokens of all batches so far.
+        sequences: Rows of all batches so far.
         seconds: Seconds spent on them.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens = self.sequences = 0
         self.seconds = 0.0
         self._since = 0.0
 
@@ -47,11 +48,13 @@ class TokenRate(Callback):
         self.seconds += time.perf_counter() - self._since
         if isinstance(batch, dict) and "input_ids" in batch:
             self.tokens += batch["input_ids"].numel()
+            self.sequences += len(batch["input_ids"])
 
     def state_dict(self) -> dict[str, float]:
         """Return the totals, for a run that goes on."""
-        return {"tokens": self.tokens, "seconds": self.seconds}
+        return {"tokens": self.tokens, "sequences": self.sequences, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on from the totals of a checkpoint."""
         self.tokens, self.seconds = int(state_dict["tokens"]), state_dict["seconds"]
+        self.sequences = int(state_dict.get("sequences", 0))  # not in older checkpoints

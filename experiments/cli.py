@@ -61,7 +61,7 @@ def other_parsers() -> dict[str, ArgumentParser]:
         choices=["stats", "verify", "align", "export", "import"],
         help="What to do with the store, or with two tokenizers.",
     )
-    parsers["owner"].add_argument("action", choices=["serve", "certificates", "fetch", "demo"], help="What to do.")
+    parsers["owner"].add_argument("action", choices=["serve", "certificates", "fetch", "demo", "federate"], help="What to do.")
     for name in ("generate", "evaluate", "benchmark", "report", "sweep", "demo"):
         module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
         parsers[name].add_function_arguments(getattr(module, name))

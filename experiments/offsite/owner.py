@@ -20,6 +20,7 @@ from ...modules.offsite.server import OwnerServer
 from ...modules.offsite.texts import OwnerTexts
 from ...modules.pretrained import Dtype, load_config, load_model, model_fingerprint
 from .demo import demo
+from .federation.trial import federate
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def fetch(folder: str, address: str, token: str, certificate: str) -> None:
     print(f"{folder}: the emulator of {address}")
 
 
-_COMMANDS: dict[str, Any] = {"serve": serve, "certificates": certificates, "fetch": fetch, "demo": demo}
+_COMMANDS: dict[str, Any] = {"serve": serve, "certificates": certificates, "fetch": fetch, "demo": demo, "federate": federate}
 
 
 def main(arguments: list[str]) -> None:

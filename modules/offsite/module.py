@@ -162,7 +162,8 @@ class OffsitePrefixTuning(LanguageModel):
         self.cut: int | None = None  # first layer of the owner in a split; None takes the network owner's own
         self._owners: OwnersLayers | None = None
         self._plug = ExitStack()
-        self._fingerprint = ""  # of the model that the prefix is for
+        self.fingerprint = ""
+        """Of the model that the prefix is for."""
         self._candidate_ids: Tensor | None = None
         self.accuracy = MeanMetric()
 
@@ -181,9 +182,9 @@ class OffsitePrefixTuning(LanguageModel):
             self._candidate_ids = torch.tensor(first)[:, 0]
         model = load_model(self.source.name, self.weights, attn_implementation=self.attn_implementation)
         own = model_fingerprint(model)
-        self._fingerprint = self.manifest.model if self.phase == "split" and self.manifest is not None else own
+        self.fingerprint = self.manifest.model if self.phase == "split" and self.manifest is not None else own
         if self.start is not None:
-            self.prefix = Prefix.load(Path(self.start), self._fingerprint, self.layer_map)
+            self.prefix = Prefix.load(Path(self.start), self.fingerprint, self.layer_map)
         elif self.prefix_settings is not None:
             self.prefix = self._new_prefix(model, self.prefix_settings)
         return model
@@ -346,14 +347,14 @@ class OffsitePrefixTuning(LanguageModel):
         assert self.prefix is not None
         emulated = self.phase == "emulator" and self.manifest is not None
         whole: StandsFor | None = self.manifest.whole if emulated and self.manifest is not None else None
-        self.prefix.save(folder, self._fingerprint, whole)
+        self.prefix.save(folder, self.fingerprint, whole)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the prefix alone: the weights are not trained."""
         checkpoint["state_dict"] = {
             name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("prefix.")
         }
-        checkpoint["fulgurite_prefix_of"] = self._fingerprint
+        checkpoint["fulgurite_prefix_of"] = self.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint's prefix is for the model at hand.
@@ -364,7 +365,7 @@ class OffsitePrefixTuning(LanguageModel):
         ours = self.state_dict()
         theirs = checkpoint["state_dict"]
         rows = {name: tuple(tensor.shape) for name, tensor in ours.items() if name.startswith("prefix.")}
-        if checkpoint.get("fulgurite_prefix_of") != self._fingerprint or rows != {
+        if checkpoint.get("fulgurite_prefix_of") != self.fingerprint or rows != {
             name: tuple(tensor.shape) for name, tensor in theirs.items()
         }:
             raise InputError(

@@ -205,6 +205,30 @@ class Prefix(nn.Module):
         Raises:
             InputError: If it is missing, damaged, or of another model.
         """
+        found, whose, whole = cls.read(folder)
+        if whose == model:
+            return found
+        if whole and whole.model == model:
+            return carried_over(found, whole, how)
+        of = f"{whose}, an emulator of {whole.model}" if whole else whose
+        raise InputError(
+            f"prefix={str(folder)!r} is of another model ({of}) than the one at hand ({model}). Load the model that it was made "
+            "for, or make a prefix for this one."
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "tuple[Prefix, str, StandsFor | None]":
+        """Read a prefix of whatever model.
+
+        Args:
+            folder: Where it was written.
+
+        Returns:
+            The prefix, the fingerprint of the model that it is for, and what that stands for if it is an emulator.
+
+        Raises:
+            InputError: If it is missing or damaged.
+        """
         folder = Path(folder)
         try:
             manifest = json.loads((folder / "prefix.json").read_text("utf-8"))
@@ -229,15 +253,7 @@ class Prefix(nn.Module):
             raise InputError(f"prefix={str(folder)!r} is no prefix: it has no {Path(error.filename).name}.") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(f"prefix={str(folder)!r} is damaged: {error}.") from error
-        if whose == model:
-            return found
-        if whole and whole.model == model:
-            return carried_over(found, whole, how)
-        of = f"{whose}, an emulator of {whole.model}" if whole else whose
-        raise InputError(
-            f"prefix={str(folder)!r} is of another model ({of}) than the one at hand ({model}). Load the model that it was made "
-            "for, or make a prefix for this one."
-        )
+        return found, whose, whole
 
 
 def carried_over(prefix: Prefix, whole: StandsFor, how: LayerMap = "kept") -> Prefix:

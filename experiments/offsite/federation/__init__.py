@@ -1,0 +1,1 @@
+"""Rounds of averaging among parties, on Flower."""

@@ -1,0 +1,133 @@
+"""What Flower runs: a ServerApp that averages each round's prefixes, a ClientApp that is one party's ``fit``.
+
+Needs the extra ``federation``, in an environment of its own (see docs/offsite.md): Flower wants older protobuf and packaging.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from ....errors import InputError
+from ....modules.offsite import Prefix, PrefixSettings
+from ....modules.offsite.averaging import average_prefixes
+
+log = logging.getLogger("fulgurite")
+server_app = ServerApp()  # an assignment each: Flower looks for them without importing
+client_app = ClientApp()
+
+
+def records_of(prefix: Prefix) -> ArrayRecord:
+    """Return a prefix's rows as Flower carries them."""
+    return ArrayRecord([rows.detach().numpy() for rows in prefix.rows])
+
+
+def prefix_of(arrays: ArrayRecord, settings: PrefixSettings) -> Prefix:
+    """Return the prefix of some rows.
+
+    Raises:
+        InputError: If they are none.
+    """
+    rows = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays.to_numpy_ndarrays()]
+    if not all(one.is_floating_point() for one in rows):
+        raise InputError("A party's rows are no floating-point numbers.")
+    return Prefix(settings, rows)
+
+
+class PrefixAveraging(FedAvg):
+    """Averages each round's prefixes by the examples that each party used in it, and keeps every round's mean.
+
+    Args:
+        start: The prefix that the first round begins with.
+        model: Fingerprint of the model that it is for.
+        folder: Where ``round-<number>`` is written.
+        parties: Fewest parties that a round needs.
+    """
+
+    def __init__(self, start: Prefix, model: str, folder: Path, parties: int) -> None:
+        super().__init__(fraction_evaluate=0.0, min_train_nodes=parties, min_available_nodes=parties)
+        self.settings, self.model, self.folder, self.parties = start.settings, model, folder, parties
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the mean of a round, and how many examples it is of.
+
+        Raises:
+            InputError: If too few parties have answered in time with a prefix of this kind.
+        """
+        found: dict[str, tuple[Prefix, int]] = {}
+        for reply in replies:
+            if reply.has_error():
+                log.warning("A party failed in round %d: %s", server_round, reply.error.reason)
+                continue
+            party = "?"
+            try:
+                told = reply.content["told"]
+                party, examples = str(told["party"]), int(told["examples"])
+                prefix = prefix_of(reply.content["arrays"], self.settings)
+                if told["model"] != self.model:
+                    raise InputError(f"It is for model {told['model']}, not {self.model}.")
+                average_prefixes([prefix], [examples])  # refuses numbers that are not finite, and no examples
+            except (InputError, KeyError, TypeError, ValueError) as error:
+                log.warning("The prefix of party %s is left out of round %d: %s", party, server_round, error)
+                continue
+            found[party] = prefix, examples
+        if len(found) < self.parties:
+            raise InputError(
+                f"Round {server_round} has prefixes of {len(found)} parties ({', '.join(sorted(found)) or 'none'}) in time; "
+                f"it needs {self.parties} (parties). Start again with start={str(self.folder / f'round-{server_round - 1}')!r}."
+            )
+        prefixes, examples = zip(*(found[party] for party in sorted(found)))  # in one order, so that sums are the same
+        mean = average_prefixes(prefixes, examples)
+        mean.save(self.folder / f"round-{server_round}", self.model)
+        log.info("Round %d: the mean of %s, %d examples", server_round, ", ".join(sorted(found)), sum(examples))
+        return records_of(mean), MetricRecord({"examples": sum(examples)})
+
+
+@server_app.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Do the rounds, as the run's config says; the last mean is ``prefix`` in its folder."""
+    told: dict[str, Any] = dict(context.run_config)
+    folder = Path(told["folder"])
+    start, model, _ = Prefix.read(Path(told["start"]))
+    start.save(folder / "round-0", model)
+    settings = start.settings
+    config = ConfigRecord(
+        {"kind": settings.kind, "length": settings.length, "layers": list(settings.layers or ()), "model": model}
+    )
+    strategy = PrefixAveraging(start, model, folder, int(told["parties"]))
+    result = strategy.start(
+        grid,
+        records_of(start),
+        num_rounds=int(told["rounds"]),
+        timeout=float(told["timeout"]),
+        train_config=config,
+    )
+    prefix_of(result.arrays, settings).save(folder / "prefix", model)
+
+
+@client_app.train()
+def tune(message: Message, context: Context) -> Message:
+    """Go on with the mean on the party's own rows: its config's ``fit``, one run a round."""
+    from ...cli import run
+
+    told, own = message.content["config"], context.node_config
+    party, number = str(own["party"]), int(told["server-round"])
+    settings = PrefixSettings(told["kind"], int(told["length"]), tuple(told["layers"]))
+    folder = Path(str(own["folder"])) / party
+    start = folder / "start" / f"round-{number}"
+    prefix_of(message.content["arrays"], settings).save(start, told["model"])
+    shutil.rmtree(folder / "rounds" / f"round-{number}", ignore_errors=True)  # of a node that was killed in this round
+    words = ["fit", "-c", str(own["config"]), f"--model.start={start}", f"--seed_everything={number}"]
+    done = run([*words, f"--runs_folder={folder}", "--experiment=rounds", f"--run=round-{number}"])
+    module: Any = done.model
+    said = {"party": party, "model": module.fingerprint, "examples": done.token_rate.sequences}
+    content = RecordDict({"arrays": records_of(module.prefix), "told": ConfigRecord(said)})
+    return Message(content=content, reply_to=message)
