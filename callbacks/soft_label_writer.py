@@ -45,7 +45,7 @@ class SoftLabelWriter(BasePredictionWriter):
         codec: ``ranked-2`` rounds values and learns which ids are likely, to a third of the size; ``plain-1`` keeps bfloat16.
         values: How ``ranked-2`` rounds probabilities: in even steps of the square root (``sqrt``), or of the logarithm (``log``)
             for temperatures above 1 or reverse KL.
-        value_step: Size of the steps; None takes 0.01 for ``sqrt`` and 0.05 for ``log``.
+        value_step: Size of the steps; None takes 0.011 for ``sqrt`` and 0.05 for ``log``.
         shard_bytes: A new file is begun when one has grown beyond this many bytes.
 
     Raises:
@@ -73,7 +73,7 @@ class SoftLabelWriter(BasePredictionWriter):
             raise InputError(f"codec={codec!r} is unknown. Legal: {', '.join(CODECS)}.")
         self.codec = codec
         self.values = values
-        self.steps = ValueSteps(values, (0.01 if values == "sqrt" else 0.05) if value_step is None else value_step)
+        self.steps = ValueSteps(values, (0.011 if values == "sqrt" else 0.05) if value_step is None else value_step)
         if shard_bytes < 1 << 10:
             raise InputError(f"shard_bytes={shard_bytes} is too small for a sequence. Legal: 1024 or more.")
         self.store, self.tokens, self.compression, self.shard_bytes = Path(store), tokens, compression, shard_bytes

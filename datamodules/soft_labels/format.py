@@ -63,7 +63,7 @@ class StoreHeader:
     codec: str = RankedCodec.name
     compression: int = 3
     values: Values = "sqrt"
-    value_step: float = 0.01
+    value_step: float = 0.011
 
     def write(self, folder: Path) -> None:
         """Write the header into a store's folder, atomically."""

@@ -37,7 +37,7 @@ class ValueSteps:
         least = 0.005 if self.values == "log" else 0.001
         if not least <= self.step <= 0.5:
             raise InputError(
-                f"value_step={self.step} is too fine or too coarse. Legal: {least} to 0.5; 0.01 suits sqrt, 0.05 suits log."
+                f"value_step={self.step} is too fine or too coarse. Legal: {least} to 0.5; 0.011 suits sqrt, 0.05 suits log."
             )
 
     @property

@@ -84,11 +84,12 @@ class PrefixAveraging(FedAvg):
                 f"Round {server_round} has prefixes of {len(found)} parties ({', '.join(sorted(found)) or 'none'}) in time; "
                 f"it needs {self.parties} (parties). Start again with start={str(self.folder / f'round-{server_round - 1}')!r}."
             )
-        prefixes, examples = zip(*(found[party] for party in sorted(found)))  # in one order, so that sums are the same
-        mean = average_prefixes(prefixes, examples)
+        parties = sorted(found)  # in one order, so that sums are the same
+        counts = [found[party][1] for party in parties]
+        mean = average_prefixes([found[party][0] for party in parties], counts)
         mean.save(self.folder / f"round-{server_round}", self.model)
-        log.info("Round %d: the mean of %s, %d examples", server_round, ", ".join(sorted(found)), sum(examples))
-        return records_of(mean), MetricRecord({"examples": sum(examples)})
+        log.info("Round %d: the mean of %s, %d examples", server_round, ", ".join(parties), sum(counts))
+        return records_of(mean), MetricRecord({"examples": sum(counts)})
 
 
 @server_app.main()
