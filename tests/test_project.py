@@ -49,11 +49,14 @@ def test_list_of_packages_is_whole():
         assert (path.parent / "__init__.py").is_file(), path
 
 
+FOR_FLOWER = "fulgurite.experiments.offsite.federation.apps"  # it is Flower that imports this one
+
+
 def test_every_module_is_imported_without_the_extras():
     extras = " ".join(sum(PROJECT["project"]["optional-dependencies"].values(), []))
     barred = sorted({re.split(r"[<>=~!\[ ]", name)[0].replace("-", "_") for name in extras.split() if name[0].isalpha()})
     names = [".".join(("fulgurite", *path.relative_to(ROOT).with_suffix("").parts)) for path in sources()]
-    names = [name.removesuffix(".__init__") for name in names]
+    names = [name.removesuffix(".__init__") for name in names if name != FOR_FLOWER]
     code = f"""
 import builtins, importlib
 real = builtins.__import__

@@ -27,11 +27,12 @@ class Inverter(nn.Module):
         self.norm = nn.LayerNorm(size)
         self.mix = nn.TransformerEncoderLayer(size, heads, 2 * size, dropout=0.0, batch_first=True, norm_first=True)
         self.last = nn.Linear(size, size)
+        self.scale = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, states: Tensor) -> Tensor:
         """Return what is compared with embeddings [texts, tokens, hidden size] of states of that shape."""
         states = self.norm(states)
-        return self.last(self.mix(states) + states)
+        return self.scale * self.last(self.mix(states) + states)
 
 
 def inversion(
@@ -54,7 +55,7 @@ def inversion(
     """
     torch.manual_seed(seed)
     model = load_model(source, "float32").requires_grad_(False)
-    weight = head_weight(model)
+    weight = nn.functional.normalize(head_weight(model), dim=1)  # what a token's embedding points at is what tells it
     prefixes = [Prefix.random(model, PrefixSettings(length=_LENGTH), seed=1000 * seed + number) for number in range(2)]
     part = ModelPart(model, 0, cut)
     found = []
@@ -63,7 +64,7 @@ def inversion(
         found.append((ids, _sent(part, prefix.within(0, cut), ids, noise)))
     (ids, states), (hidden, seen) = found
     inverter = Inverter(states.shape[-1])
-    rate, batch = 1e-3, 8
+    rate, batch = 1e-3, 2
     optimizer = torch.optim.AdamW(inverter.parameters(), lr=rate)
     orders = [torch.randperm(len(ids)).split(batch) for _ in range(2)]
     steps = [rows for order in orders for rows in order]

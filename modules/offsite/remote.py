@@ -124,7 +124,7 @@ class RemoteSteps:
         if torch.is_grad_enabled() and (states.requires_grad or any(rows.requires_grad for rows in self.rows)):
             return _Remote.apply(self, head, states, *self.rows)
         self._enter(training=False)
-        return self._asked(lambda: self.owner.forward(self._step, 0, states, head, train=False))
+        return self._asked(lambda: self.owner.forward(self._step, 0, states, head, train=False)).to(states.device)
 
     def collect(self) -> None:
         """Add the gradient of the owner's rows to theirs; to be called once before each optimizer step."""

@@ -1,0 +1,41 @@
+"""Tasks of classification as prompts and responses."""
+
+import json
+
+import pytest
+
+from fulgurite.errors import InputError
+from fulgurite.experiments.offsite.tasks import CANDIDATES, write_task
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    for name in ("train_b", "validation"):
+        (tmp_path / "sst2" / f"{name}.tsv").write_text(f'sentence\tlabel\na "fine {name} \t1\ndull \t0\nmore \t1\n')
+    (tmp_path / "ag_news").mkdir()
+    (tmp_path / "ag_news" / "train_5k.csv").write_text('"Sand, sold",2\n"A match",1\n')
+    (tmp_path / "ag_news" / "test.csv").write_text('"4","A chip","It is ""small"""\n"1","A war","It ends"\n')
+    return tmp_path
+
+
+def rows(folder, split):
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_rows_of_both_tasks(data):
+    found = write_task(task="sst2", data=str(data), folder=str(data / "one"), train_rows=2, test_rows=9)
+    assert found == {"train_rows": 2, "test_rows": 3}
+    first = rows(data / "one", "train")[0]
+    assert first == {"prompt": 'Is this review positive or negative? a "fine train_b', "response": "positive"}
+    write_task(task="ag_news", data=str(data), folder=str(data / "two"), train_rows=9, test_rows=9)
+    assert [row["response"] for row in rows(data / "two", "train")] == ["Business", "Sports"]
+    assert [row["response"] for row in rows(data / "two", "test")] == ["Technology", "World"]
+    assert rows(data / "two", "test")[0]["prompt"].endswith('Technology? A chip It is "small"')
+    for task, folder in (("sst2", "one"), ("ag_news", "two")):
+        assert {row["response"] for row in rows(data / folder, "train")} <= set(CANDIDATES[task])
+
+
+def test_an_unknown_task_is_refused(data):
+    with pytest.raises(InputError, match="task='sst' is unknown"):
+        write_task(task="sst", data=str(data), folder=str(data), train_rows=1, test_rows=1)
