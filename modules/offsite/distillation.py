@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ..distillation.labels import LabelSettings
-from ..distillation.loss import Divergence, Remainder
 from ..distillation.module import SoftLabelDistillation
-from ..language_model import Batch, GenerationSettings
+from ..language_model import Batch
 from ..linear_loss import LossParts, shift_labels
 from ..pretrained import Dtype, load_config, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from ..student import decoder_layers, keep_layers, layer_outputs
@@ -33,10 +32,7 @@ class EmulatorDistillation(SoftLabelDistillation):
         source: The owner's model; see ``LanguageModel``.
         emulator: Which of its layers are kept.
         hidden_weight: Weight h of the distance between hidden states; not used with stored soft labels.
-        selection: What is kept of the model's distribution; not used with stored soft labels.
         soft_weight: Share w of the divergence in the loss, 0 to 1; the cross-entropy to the text has the rest.
-        divergence: See ``SoftLabelDistillation``.
-        remainder: See ``SoftLabelDistillation``.
         optimizer: Optimizer, given its parameters.
         lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
         weights: Type of the emulator's weights in memory.
@@ -44,7 +40,6 @@ class EmulatorDistillation(SoftLabelDistillation):
         gradient_checkpointing: Compute activations again in the backward pass.
         attn_implementation: Attention function of ``transformers``; its own choice when None.
         loss_chunk_tokens: Tokens whose logits exist at the same time in the loss; None takes 64 on a CPU, 1024 elsewhere.
-        generation: How ``predict`` writes text.
 
     Raises:
         InputError: If the emulator cannot be made of the model, or a number is out of range, before weights are read.
@@ -56,10 +51,7 @@ class EmulatorDistillation(SoftLabelDistillation):
         *,
         emulator: EmulatorSpec | None = None,
         hidden_weight: float = 1.0,
-        selection: LabelSettings = LabelSettings(selection="full"),  # noqa: B008  (frozen)
         soft_weight: float = 0.5,
-        divergence: Divergence = "forward_kl",
-        remainder: Remainder = "tail_bucket",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: Dtype = "float32",
@@ -67,7 +59,6 @@ class EmulatorDistillation(SoftLabelDistillation):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         loss_chunk_tokens: int | None = None,
-        generation: GenerationSettings | None = None,
     ) -> None:
         if hidden_weight < 0:
             raise InputError(f"hidden_weight={hidden_weight} is below 0. Legal: 0 or more.")
@@ -78,10 +69,8 @@ class EmulatorDistillation(SoftLabelDistillation):
         super().__init__(
             source,
             teacher=source,
-            selection=selection,
+            selection=LabelSettings(selection="full"),
             soft_weight=soft_weight,
-            divergence=divergence,
-            remainder=remainder,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             weights=weights,
@@ -89,7 +78,6 @@ class EmulatorDistillation(SoftLabelDistillation):
             gradient_checkpointing=gradient_checkpointing,
             attn_implementation=attn_implementation,
             loss_chunk_tokens=loss_chunk_tokens,
-            generation=generation,
         )
         self.emulator, self.hidden_weight = spec, hidden_weight
         self.stands_for: list[int] = []
