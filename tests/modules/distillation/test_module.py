@@ -54,7 +54,7 @@ def losses_of(folder, model, data):
     return seen
 
 
-@pytest.mark.parametrize(("codec", "rounding"), [("plain-1", 1e-5), ("ranked-2", 1e-3)])
+@pytest.mark.parametrize(("codec", "rounding"), [("plain-1", 1e-5), ("ranked-2", 2e-3)])
 @pytest.mark.parametrize(
     "settings",
     [
