@@ -4,6 +4,7 @@ from .distillation import SoftLabelDistillation, SoftLabelTeacher
 from .fusion import FusionCompression
 from .language_model import LanguageModel
 from .offsite import EmulatorDistillation, OffsitePrefixTuning
+from .optimizers import MuonAdamW
 from .schedules import WarmupCosine
 from .spans import SpanPruning
 
@@ -11,6 +12,7 @@ __all__ = [
     "EmulatorDistillation",
     "FusionCompression",
     "LanguageModel",
+    "MuonAdamW",
     "OffsitePrefixTuning",
     "SoftLabelDistillation",
     "SoftLabelTeacher",

@@ -22,6 +22,7 @@ from ..distillation.loss import Divergence, Remainder
 from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch, GenerationSettings
 from ..linear_loss import LossParts, shift_labels
+from ..optimizers import MuonAdamW
 from ..pretrained import Dtype, load_config, load_model
 from ..student import decoder_layers, layer_outputs
 from .fused import materialise
@@ -81,7 +82,7 @@ class FusionCompression(SoftLabelDistillation):
         divergence: Divergence = "forward_kl",
         remainder: Remainder = "tail_bucket",
         hidden_weight: float = 0.0,
-        operator_optimizer: OptimizerCallable = torch.optim.AdamW,
+        operator_optimizer: OptimizerCallable = MuonAdamW,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: Dtype = "float32",

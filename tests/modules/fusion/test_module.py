@@ -98,6 +98,10 @@ def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(here, stop):
             torch.testing.assert_close(one, two, msg=name)
 
 
+def rates(rate):
+    return [f"--model.operator_optimizer.{name}={rate}" for name in ("lr", "adamw_lr")]
+
+
 @pytest.mark.parametrize(("steps", "stage"), [(3, 0), (7, 1)])
 def test_checkpoint_of_a_stage_loads_without_a_trainer(here, tmp_path, steps, stage):
     run([*here, callbacks(5, every=1), f"--trainer.max_steps={steps}", "--run=parts"])
@@ -111,7 +115,7 @@ def test_checkpoint_of_a_stage_loads_without_a_trainer(here, tmp_path, steps, st
 def test_a_checkpoint_of_the_depth_stage_holds_the_refitted_weights(here, tmp_path):
     """Also where there was no stage before, so that they are not the source's any more."""
     words = [*here, '--model.shape={"num_hidden_layers": 2, "intermediate_size": 64}', callbacks(9, every=1)]
-    cli = run([*words, "--trainer.max_steps=3", "--run=deep", "--model.operator_optimizer.lr=0.0"])
+    cli = run([*words, "--trainer.max_steps=3", "--run=deep", *rates(0.0)])
     found = FusionCompression.load_from_checkpoint(tmp_path / "runs/fusion/deep/checkpoints/last.ckpt").eval()
     assert found.stages == ["depth"]
     ids = torch.randint(3, 200, (2, 20))
@@ -181,7 +185,7 @@ def test_operators_learn(here):
         "--trainer.limit_train_batches=60",
     ]
     still, learnt = (
-        run([*words, f"--model.operator_optimizer.lr={rate}", f"--run={name}"]).trainer.callback_metrics["val_kl"]
+        run([*words, *rates(rate), f"--run={name}"]).trainer.callback_metrics["val_kl"]
         for name, rate in (("still", 0.0), ("learnt", 0.003))
     )
     assert learnt < 0.9 * still
