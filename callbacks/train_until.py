@@ -25,7 +25,7 @@ class TrainUntilCondition(Callback):
         flat: Share of the loss by which the mean over the last ``window`` steps has to lie below that of the ``window`` before;
             where it lies no more than that below, the loss no longer falls.
         window: Optimizer steps of a mean.
-        max_steps: Optimizer steps of a stage.
+        max_steps: Optimizer steps of a stage, or of each in turn; the last number holds for all that follow.
 
     Raises:
         InputError: If a value is out of range, or there is no condition at all.
@@ -36,7 +36,12 @@ class TrainUntilCondition(Callback):
     """
 
     def __init__(
-        self, *, below: float | None = None, flat: float | None = None, window: int = 20, max_steps: int | None = None
+        self,
+        *,
+        below: float | None = None,
+        flat: float | None = None,
+        window: int = 20,
+        max_steps: int | list[int] | None = None,
     ) -> None:
         if below is None and flat is None and max_steps is None:
             raise InputError("TrainUntilCondition has no condition: give below, flat or max_steps.")
@@ -44,12 +49,13 @@ class TrainUntilCondition(Callback):
             raise InputError(f"flat={flat} is no share of a loss. Legal: 0 up to 1.")
         if window < 1:
             raise InputError(f"window={window} holds no step. Legal: 1 or more.")
-        if max_steps is not None and max_steps < 1:
-            raise InputError(f"max_steps={max_steps} trains nothing. Legal: 1 or more.")
-        self.below, self.flat, self.window, self.max_steps = below, flat, window, max_steps
+        limits = [max_steps] if isinstance(max_steps, int) else max_steps
+        if limits is not None and (not limits or min(limits) < 1):
+            raise InputError(f"max_steps={max_steps} trains nothing. Legal: 1 or more, or a list of such, one a stage.")
+        self.below, self.flat, self.window, self.limits = below, flat, window, limits
         self._steps = StepLosses()
         self._losses: deque[float] = deque(maxlen=2 * window)
-        self._count = 0
+        self._count = self._ended = 0
 
     def reason(self) -> str | None:
         """Return which condition holds for the steps seen so far in this stage, in words; None if none does."""
@@ -61,8 +67,10 @@ class TrainUntilCondition(Callback):
             before, now = statistics.fmean(losses[: self.window]), statistics.fmean(recent)
             if before - now <= self.flat * abs(before):
                 return f"the loss fell by no more than {100 * self.flat:g} % over {self.window} steps"
-        if self.max_steps is not None and self._count >= self.max_steps:
-            return f"its {self.max_steps} steps are spent"
+        if self.limits is not None:
+            limit = self.limits[min(self._ended, len(self.limits) - 1)]
+            if self._count >= limit:
+                return f"its {limit} steps are spent"
         return None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,6 +91,7 @@ class TrainUntilCondition(Callback):
         log.info("Step %d: %s", trainer.global_step, reason)
         self._losses.clear()
         self._count = 0
+        self._ended += 1
         begin_next_stage = getattr(pl_module, "begin_next_stage", None)
         if begin_next_stage is None:
             trainer.should_stop = True
@@ -91,9 +100,9 @@ class TrainUntilCondition(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stage's steps."""
-        return {"losses": list(self._losses), "count": self._count}
+        return {"losses": list(self._losses), "count": self._count, "ended": self._ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the stage of a checkpoint."""
         self._losses.extend(state_dict["losses"])
-        self._count = state_dict["count"]
+        self._count, self._ended = state_dict["count"], state_dict["ended"]

@@ -13,6 +13,7 @@ from ...modules.fusion import FusionShape, LearnedFusion, OperatorForms
 from ...modules.fusion.fused import materialise
 from ...modules.fusion.reading import text_loss
 from ...modules.fusion.statistics import rows_of
+from ...modules.optimizers import MuonAdamW
 from ...modules.pretrained import Dtype, load_model
 from ..measuring import extra_memory, pairs
 
@@ -92,7 +93,7 @@ def operator_step(
 
     Returns:
         ``step_seconds`` of the operators, ``plain_step_seconds``, and ``times_as_long``. In bytes: ``small_bytes``, the small
-        model's weights; ``operator_bytes``, those of all that is learnt, with gradients and the two moments of AdamW;
+        model's weights; ``operator_bytes``, those of all that is learnt, with gradients and the moments of ``MuonAdamW``;
         ``step_bytes`` and ``plain_step_bytes``, by how much a step makes the process grow; ``beyond_bytes``, what the step with
         operators needs more. As shares of ``small_bytes``: ``beyond_share``; ``total_share``, with ``operator_bytes``.
     """
@@ -105,13 +106,14 @@ def operator_step(
     resolved = FusionShape(**shape).resolve(large.config)
     fused = start.begin("joint", large, resolved, rows_of({name: part[:2] for name, part in batch.items()})).model
     plain = materialise(fused).train()
-    through, direct = (_stepper(model, batch, checkpointing) for model in (fused, plain))
+    (through, optimizer), (direct, _) = (_stepper(model, batch, checkpointing) for model in (fused, plain))
     for step in (through, direct):
         step()  # gradients and moments are there now
     own, other = (max(extra_memory(step) for _ in range(2)) for step in (through, direct))
     seconds, plain_seconds, ratio = pairs(through, direct, rounds, f"{tokens} tokens")
     small = sum(part.nbytes for part in plain.parameters())
-    learnt = 4 * sum(part.nbytes for part in fused.parameters() if part.requires_grad)
+    learnt = 2 * sum(part.nbytes for part in fused.parameters() if part.requires_grad)
+    learnt += sum(part.nbytes for own in optimizer.state.values() for part in own.values() if isinstance(part, torch.Tensor))
     return {
         "step_seconds": seconds,
         "plain_step_seconds": plain_seconds,
@@ -126,10 +128,12 @@ def operator_step(
     }
 
 
-def _stepper(model: PreTrainedModel, batch: dict[str, torch.Tensor], checkpointing: bool) -> Callable[[], None]:
+def _stepper(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], checkpointing: bool
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
+    optimizer = MuonAdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -138,4 +142,4 @@ def _stepper(model: PreTrainedModel, batch: dict[str, torch.Tensor], checkpointi
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-    return step
+    return step, optimizer

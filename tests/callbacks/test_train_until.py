@@ -83,6 +83,12 @@ def test_stages_are_counted_from_their_own_begin(tmp_path):
     assert module.begun == [7, 14]
 
 
+def test_each_stage_may_have_its_own_number_of_steps(tmp_path):
+    module = Staged(FALLING, 4)
+    trained(tmp_path, module, TrainUntilCondition(max_steps=[5, 2]))
+    assert module.begun == [5, 7, 9]
+
+
 def test_a_loss_that_is_not_finite_counts_as_a_step_alone(tmp_path):
     losses = [float("nan"), 1.0, float("inf"), 1.0, 9.0, 9.0]
     assert trained(tmp_path, Scripted(losses), TrainUntilCondition(below=2.0, window=2)).global_step == 4
@@ -109,6 +115,8 @@ def test_state_goes_on_where_it_was(seen):
         ({"flat": 1.0}, "flat=1.0"),
         ({"window": 0, "below": 1.0}, "window=0"),
         ({"max_steps": 0}, "max_steps=0"),
+        ({"max_steps": [3, 0]}, "max_steps=\\[3, 0\\] trains nothing"),
+        ({"max_steps": []}, "max_steps=\\[\\] trains nothing"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
