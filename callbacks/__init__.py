@@ -1,16 +1,19 @@
 """Callbacks that work in any Lightning Trainer."""
 
+from .export_branches import ExportBranches
 from .export_prefix import ExportPrefix
 from .export_pretrained import ExportPretrained
 from .gradient_pruning import Adaptive, FixedRate, GradientPruning, PruningPolicy, PublishedRule
 from .loss_rate import LossRateWindow
 from .soft_label_writer import SoftLabelWriter
+from .task_schedule import TaskSchedule
 from .text_writer import TextWriter
 from .token_rate import TokenRate
 from .train_until import TrainUntilCondition
 
 __all__ = [
     "Adaptive",
+    "ExportBranches",
     "ExportPrefix",
     "ExportPretrained",
     "FixedRate",
@@ -19,6 +22,7 @@ __all__ = [
     "PruningPolicy",
     "PublishedRule",
     "SoftLabelWriter",
+    "TaskSchedule",
     "TextWriter",
     "TokenRate",
     "TrainUntilCondition",

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from .. import __version__
 from ..datamodules.base import data_hashes
 from ..errors import InputError
 from ..files import atomic_folder
+from ..modules.base import PretrainedModule
 from ..modules.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
+
+_LOADERS = ("ForSequenceClassification", "ForTokenClassification", "ForCausalLM")
 
 
 class ExportPretrained(Callback):
@@ -81,29 +84,40 @@ class ExportPretrained(Callback):
             module.tokenizer.save_pretrained(new)
             (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(new)
             module.write_extras(new)
-            (new / "README.md").write_text(model_card(trainer, module, step, figures), "utf-8")
+            (new / "README.md").write_text(model_card(trainer, module, model, step, figures), "utf-8")
         self.written.append(folder)
         log.info("Exported step %d to %s", step, folder)
 
 
-def model_card(trainer: Trainer, module: LanguageModel, step: int, figures: dict[str, float]) -> str:
+def model_card(
+    trainer: Trainer,
+    module: PretrainedModule,
+    model: PreTrainedModel,
+    step: int,
+    figures: dict[str, float],
+    task: str = "text-generation",
+) -> str:
     """Return the model card: licence and source, method and its settings, data, figures, how to load it.
 
     Args:
         trainer: Trainer whose metrics and data are named.
         module: The trained module.
+        model: What of it is exported.
         step: Optimizer step of the weights.
         figures: Validation figures of the weights.
+        task: What the hub calls its use.
     """
     source = module.source
-    parameters = sum(parameter.numel() for parameter in module.model.parameters()) if module.model else 0
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    loader = next(name for name in _LOADERS if name in type(model).__name__)
+    loader = f"AutoModel{loader}"
     settings = {name: value for name, value in module.hparams.items() if not name.startswith("_") and value is not None}
     lines = [
         "---",
         f"license: {source.licence or 'other'}",
         f"base_model: {source.title}",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {task}",
         "---",
         "",
         *([module.card_notice(), ""] if module.card_notice() else []),
@@ -134,9 +148,9 @@ def model_card(trainer: Trainer, module: LanguageModel, step: int, figures: dict
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {loader}, AutoTokenizer",
         "",
-        'model, tokenizer = (kind.from_pretrained("this/folder") for kind in (AutoModelForCausalLM, AutoTokenizer))',
+        f'model, tokenizer = (kind.from_pretrained("this/folder") for kind in ({loader}, AutoTokenizer))',
         "```",
         "",
     ]

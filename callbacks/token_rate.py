@@ -46,9 +46,10 @@ class TokenRate(Callback):
 
     def _add(self, batch: Any) -> None:
         self.seconds += time.perf_counter() - self._since
-        if isinstance(batch, dict) and "input_ids" in batch:
-            self.tokens += batch["input_ids"].numel()
-            self.sequences += len(batch["input_ids"])
+        for part in batch.get("views", [batch]) if isinstance(batch, dict) else []:  # a multi-task batch has several
+            if "input_ids" in part:
+                self.tokens += part["input_ids"].numel()
+                self.sequences += len(part["input_ids"])
 
     def state_dict(self) -> dict[str, float]:
         """Return the totals, for a run that goes on."""

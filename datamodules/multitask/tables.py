@@ -1,0 +1,89 @@
+"""Rows of labelled tables: CSV, TSV, JSONL, Parquet and hub data."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ...errors import nearest
+from ..documents import DataError, check_documents, read_rows
+
+Row = dict[str, Any]
+
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
+_LEGAL = "a .csv, .tsv, .jsonl or .parquet file, or hub:owner/name[:split]"
+
+
+def check_table(source: str, parameter: str) -> None:
+    """Raise a DataError for a source of rows that cannot be read. Reads no content.
+
+    Args:
+        source: A .csv, .tsv, .jsonl or .parquet file, or ``hub:owner/name[:split]``.
+        parameter: Name of the parameter that holds it, for the message.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in _SEPARATED:
+        if not path.is_file():
+            raise DataError(f"{parameter}={source!r} is no file here. Legal: {_LEGAL}.")
+        return
+    if not source.startswith("hub:") and path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{parameter}={source!r} has no rows. Legal: {_LEGAL}.")
+    check_documents(source, parameter)
+
+
+def read_table(source: str, parameter: str, columns: list[str] | None = None) -> list[Row]:
+    """Return the rows of a checked source.
+
+    Args:
+        source: See ``check_table``.
+        parameter: Name of the parameter that holds it, for messages.
+        columns: Names of the columns of a CSV or TSV file without a first line that names them.
+
+    Raises:
+        DataError: If it has no rows, or one of them more or fewer columns than the first.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in _SEPARATED:
+        rows = _separated(path, columns)
+    else:
+        rows = list(read_rows(source))
+    if not rows:
+        raise DataError(f"{parameter}={source!r} holds no rows. Give a file with an example a row.")
+    return rows
+
+
+def _separated(path: Path, columns: list[str] | None) -> list[Row]:
+    # In TSV files of the field quotes are text; csv's reader would join lines at them.
+    quoting: Any = csv.QUOTE_MINIMAL if path.suffix == ".csv" else csv.QUOTE_NONE
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = [line for line in csv.reader(file, delimiter=_SEPARATED[path.suffix], quoting=quoting) if line]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: no UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}. Is it a {path.suffix} file?") from error
+    names = columns or (lines.pop(0) if lines else [])
+    for number, line in enumerate(lines, 1 if columns else 2):
+        if len(line) != len(names):
+            raise DataError(
+                f"{path}, row {number}: {len(line)} columns, not the {len(names)} of {', '.join(names)}. Where the first line "
+                "holds no names, give them as columns."
+            )
+    return [dict(zip(names, line)) for line in lines]
+
+
+def column_of(row: Row, name: str, parameter: str, where: str) -> Any:
+    """Return a row's value in a column.
+
+    Raises:
+        DataError: If there is no such column.
+    """
+    if row.get(name) is None:
+        raise DataError(f"{where}: no column {parameter}={name!r}.{nearest(name, map(str, row))}")
+    return row[name]
+
+
+def content_hash(rows: list[Row]) -> str:
+    """Return a hash of rows, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:32]

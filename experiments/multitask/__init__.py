@@ -1,0 +1,1 @@
+"""Configs, benchmark and results of multi-task training."""

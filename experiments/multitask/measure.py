@@ -1,0 +1,254 @@
+"""Training on several tasks together and on each alone, and what a step of each combination costs."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torchjd.aggregation import CAGrad, NashMTL, PCGrad, UPGrad
+from torchjd.scalarization import DWA, UW, Mean, Sum
+
+from ...callbacks import TaskSchedule, TokenRate
+from ...datamodules import ClassificationTask, MultiTaskDataModule, TextTask
+from ...datamodules.multitask import TableRows, Task
+from ...errors import InputError, nearest
+from ...files import atomic_folder, cache_folder, digest, write_json
+from ...modules import FeatureWeighting, MultiTask, WarmupCosine
+from ...modules.multitask import LeastSquaresProjector
+from ..benchmarks.plan import code_version
+from ..measuring import extra_memory, pairs
+
+COMBINATIONS: dict[str, Callable[[int], Any]] = {
+    "sum": lambda tasks: Sum(),
+    "mean": lambda tasks: Mean(),
+    "uncertainty": lambda tasks: UW(tasks),
+    "dwa": lambda tasks: DWA(),
+    "pcgrad": lambda tasks: PCGrad(),
+    "cagrad": lambda tasks: CAGrad(c=0.4),
+    "nash": lambda tasks: NashMTL(n_tasks=tasks, max_norm=1.0, update_weights_every=1, optim_niter=20),
+    "upgrad": lambda tasks: UPGrad(projector=LeastSquaresProjector()),
+    "features": lambda tasks: FeatureWeighting(),
+}
+_TABLES: dict[str, tuple[tuple[str, str, list[str] | None], dict[str, Any]]] = {  # files and their columns' names; which is what
+    "sst2": (("sst2/train_a.tsv", "sst2/validation.tsv", None), {"text": "sentence"}),
+    "rte": (("rte/train.tsv", "rte/validation.tsv", None), {"text": "sentence1", "pair": "sentence2"}),
+    "ag_news": (("ag_news/train_10k_desc.tsv", "ag_news/test_desc.tsv", ["text", "label"]), {}),
+    "banking77": (("banking77/train.csv", "banking77/test.csv", None), {"label": "category"}),
+    "sms_spam": (("sms_spam/train.csv", "sms_spam/test.csv", None), {"text": "v2", "label": "v1"}),
+}
+
+
+class Course:
+    """How a model is trained and measured, whatever its tasks.
+
+    Args:
+        source: The trunk.
+        data: Folder of the data sets.
+        tasks: Names of the tasks, with commas; ``words`` is language modelling.
+        rows: Examples of each task in a batch.
+        steps: Optimizer steps.
+        rate: Learning rate.
+        length: Tokens of a text.
+        layers: Of each branch.
+        limit: Rows to validate on, and to test on.
+        seed: Of everything.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        data: str,
+        tasks: str,
+        *,
+        rows: int,
+        steps: int,
+        rate: float,
+        length: int,
+        layers: int,
+        limit: int,
+        seed: int,
+    ) -> None:
+        self.names = tasks.split(",")
+        for name in self.names:
+            if name not in (*_TABLES, "words"):
+                raise InputError(f"tasks has {name!r}.{nearest(name, [*_TABLES, 'words'])}")
+        self.source, self.data, self.rows, self.steps, self.rate = source, Path(data), rows, steps, rate
+        self.length, self.layers, self.limit, self.seed = length, layers, limit, seed
+
+    def task(self, name: str) -> Task:
+        """Return a task."""
+        if name == "words":
+            train, val = (str(self.data / f"wikitext2/{split}.raw.txt") for split in ("valid", "test"))
+            settings: dict[str, Any] = {"length": self.length, "val_rows": self.limit, "train_tokens": None}
+            return TextTask(train, val=val, aims=["next_words"], **settings)
+        (train, test, names), columns = _TABLES[name]
+        rows = TableRows(str(self.data / train), test=str(self.data / test), columns=names, val_rows=self.limit)
+        return ClassificationTask(rows, **columns, length=self.length)
+
+    def run(self, names: list[str], combination: str, *, schedule: bool = False) -> dict[str, float]:
+        """Train on tasks, and return ``val_<task>`` and ``test_<task>``: accuracies, of words the loss; and ``tokens``."""
+        if combination not in COMBINATIONS:
+            raise InputError(f"combination={combination!r} is unknown.{nearest(combination, COMBINATIONS)}")
+        seed_everything(self.seed, verbose=False)
+        data = MultiTaskDataModule(
+            {name: self.task(name) for name in names},
+            batch_size=self.rows * len(names),
+            shares=dict.fromkeys(names, 1.0),
+            seed=self.seed,
+        )
+        module = MultiTask(
+            self.source,
+            combination=COMBINATIONS[combination](len(names)),
+            branch_layers=self.layers,
+            period=max(1, self.steps // 20),
+            optimizer=partial(torch.optim.AdamW, lr=self.rate, weight_decay=0.01),
+            lr_scheduler=WarmupCosine,
+        )
+        rate = TokenRate()
+        callbacks: list[Any] = [rate]
+        if schedule:  # the largest task first; all are there for the last half
+            order = sorted(names, key=list(_TABLES).index)
+            callbacks.append(TaskSchedule({name: place * self.steps // (2 * len(names)) for place, name in enumerate(order)}))
+        trainer = Trainer(
+            max_steps=self.steps,
+            max_epochs=-1,
+            precision="bf16-mixed",
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data)
+        found: dict[str, float] = {"tokens": float(rate.tokens)}
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        reader = Trainer(precision="bf16-mixed", **quiet)
+        for split, read in (("val", reader.validate), ("test", reader.test)):
+            figures = read(module, datamodule=data, verbose=False)[0]
+            for name in names:
+                key = f"{split}_loss/words/next_words" if name == "words" else f"{split}_accuracy/{name}"
+                found[f"{split}_{name}"] = figures[key]
+        return found
+
+    def alone(self) -> dict[str, float]:
+        """Train a model for each task by itself; what they came to is kept, since every combination is compared with it."""
+        key = [self.source, sorted(self.names), self.rows, self.steps, self.rate, self.length, self.layers, self.limit, self.seed]
+        contents = [digest(str((self.data / name).resolve())) for name in self.names]
+        folder = cache_folder("multitask", digest([key, contents, code_version()]))
+        if not folder.is_dir():
+            found: dict[str, float] = {"tokens": 0.0}
+            for name in self.names:
+                figures = self.run([name], "sum")
+                found["tokens"] += figures.pop("tokens")
+                found |= figures
+            with atomic_folder(folder) as new:
+                write_json(new / "alone.json", found)
+        return json.loads((folder / "alone.json").read_text("utf-8"))
+
+
+def training(*, combination: str, schedule: bool = False, **course: Any) -> dict[str, float]:
+    """Train on all tasks together, or on each alone, for equally many steps with equally many examples of each.
+
+    Args:
+        combination: ``alone``, or how losses are combined: a key of ``COMBINATIONS``.
+        schedule: Add the tasks one after another.
+        course: See ``Course``.
+
+    Returns:
+        ``val_<task>`` and ``test_<task>``: accuracies, of words the loss; ``gain_<task>``: by what share of the accuracy
+        of training alone it is higher on the test rows; ``gain`` and ``val_gain``: the means over the tasks; ``tokens``.
+    """
+    own = Course(**course)
+    bases = own.alone()
+    found = bases if combination == "alone" else own.run(own.names, combination, schedule=schedule)
+    accuracies = [name for name in own.names if name != "words"]
+    gains = {
+        split: {name: found[f"{split}_{name}"] / max(bases[f"{split}_{name}"], 1e-9) - 1 for name in accuracies}
+        for split in ("val", "test")
+    }
+    means = {split: sum(each.values()) / max(1, len(each)) for split, each in gains.items()}
+    each = {f"gain_{name}": value for name, value in gains["test"].items()}
+    return {**found, **each, "gain": means["test"], "val_gain": means["val"]}
+
+
+def step(*, combination: str, rounds: int, **course: Any) -> dict[str, float]:
+    """Time a training step with a combination, and one with a plain sum, on the same batch.
+
+    Args:
+        combination: A key of ``COMBINATIONS``.
+        rounds: Turns that are counted.
+        course: See ``Course``; its steps are not used.
+
+    Returns:
+        ``seconds``, ``sum_seconds``, ``times_as_long``, and ``bytes``, by how much the step makes the process grow.
+    """
+    own = Course(**course)
+    combined, summed = (_stepper(own, name, own.names) for name in (combination, "sum"))
+    seconds, base, ratio = pairs(combined, summed, rounds, combination)
+    return {"seconds": seconds, "sum_seconds": base, "times_as_long": ratio, "bytes": float(extra_memory(combined))}
+
+
+def one_task_memory(*, tasks_held: int, **course: Any) -> dict[str, float]:
+    """Measure a step on a batch of one task, in a model that has some.
+
+    Args:
+        tasks_held: Tasks of the model, of those given.
+        course: See ``Course``.
+
+    Returns:
+        ``bytes``, by how much the step makes the process grow, gradients in place.
+    """
+    own = Course(**course)
+    stepper = _stepper(own, "sum", own.names[:tasks_held], one_task=True)
+    stepper()
+    return {"bytes": float(min(extra_memory(stepper) for _ in range(3)))}
+
+
+def _stepper(course: Course, combination: str, names: list[str], *, one_task: bool = False) -> Callable[[], None]:
+    """Return a training step without its optimizer, on one batch."""
+    seed_everything(course.seed, verbose=False)
+    data = MultiTaskDataModule(
+        {name: course.task(name) for name in names},
+        batches="task" if one_task else "mixed",
+        batch_size=course.rows if one_task else course.rows * len(names),
+        shares=dict.fromkeys(names, 1.0),
+        tokenizer=course.source,
+        seed=course.seed,
+    )
+    module = MultiTask(course.source, combination=COMBINATIONS[combination](len(names)), branch_layers=course.layers)
+    taken: list[Any] = []
+
+    class Take(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            taken.append(batch)
+
+    trainer = Trainer(
+        max_steps=1,
+        precision="bf16-mixed",
+        callbacks=[Take()],
+        limit_val_batches=0,
+        log_every_n_steps=1000,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, data)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    module.log = lambda *args, **settings: None  # type: ignore[method-assign]
+    # The first name's task in both, so that memory differs by the tasks held alone.
+    batch = next(one for one in [*taken, *data.train_dataloader()] if not one_task or names[0] in one["views"][0]["targets"])
+
+    def take_step() -> None:
+        module.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module.training_step(batch, 0)
+        module.backward(loss)
+        module.on_before_optimizer_step(optimizer)
+        optimizer.zero_grad(set_to_none=False)
+
+    return take_step

@@ -1,0 +1,82 @@
+"""What the suite's systems share: a source, its tokenizer, an optimizer and its schedule."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from transformers import PreTrainedTokenizerBase
+
+from .pretrained import Dtype, load_tokenizer, resolve_source
+from .schedules import WarmupCosine
+
+
+class PretrainedModule(LightningModule):
+    """Base of systems that start from a pretrained model.
+
+    Args:
+        source: Model to start from; see ``modules.pretrained``.
+        optimizer: Optimizer, given its parameters.
+        lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
+        weights: Type of the weights in memory.
+        parts: Arguments of a sub-class that are modules, which a checkpoint holds as such.
+
+    Raises:
+        InputError: If the source is unknown.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        weights: Dtype,
+        parts: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=parts)
+        # Callables and objects would make the checkpoint unreadable with weights_only=True.
+        self.remove_ignored_hparams([name for name, value in self.hparams.items() if not _is_plain(value)])
+        self.source = resolve_source(source)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.weights: Dtype = weights
+        self._first_step = 0  # of the optimizer at work
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.source.name)
+        return self._tokenizer
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule."""
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches) - self._first_step)
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            settings |= {"interval": "epoch", "monitor": scheduler.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def card_notice(self) -> str:
+        """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""
+        return ""
+
+    def card_figures(self) -> dict[str, float]:
+        """Return figures for the model card, beside those of validation."""
+        return {}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,143 @@
+"""The shared layers of a multi-task model: any decoder or encoder, with the mask that a branch asks for."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from ...errors import InputError
+from .objectives import Mask
+
+View = dict[str, Any]
+
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
+
+
+class Trunk(nn.Module):
+    """A transformer without its head, whose attention sees one or both directions.
+
+    A decoder's last norm is left to what stands behind it, so that further layers can be put on.
+
+    Args:
+        model: Base model, of ``AutoModel``: a decoder as Llama's, or an encoder as BERT's.
+
+    Raises:
+        InputError: If it is of an architecture that is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        check_trunk(model.config)
+        self.model = model
+        self.is_encoder = model.config.model_type in _ENCODERS
+        if not self.is_encoder:
+            self.last_norm: list[Any] = [model.norm]  # in a list: branches have copies of it
+            model.norm = nn.Identity()
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the features."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def table(self) -> nn.Parameter:
+        """The embedding of the vocabulary [vocabulary, hidden size]."""
+        return self.model.get_input_embeddings().weight  # type: ignore[return-value]
+
+    def forward(self, view: View) -> Tensor:
+        """Return the features [rows, length, hidden size] of a view.
+
+        Args:
+            view: ``mask``, ``input_ids`` and ``position_ids`` int64 [rows, length], ``lengths`` int64 [rows] where there is
+                padding, ``token_type_ids`` int64 [rows, length] where an encoder tells two texts apart.
+        """
+        arguments: dict[str, Any] = {"input_ids": view["input_ids"], "attention_mask": self.attention(view)}
+        if self.is_encoder:
+            if self.model.config.type_vocab_size > 1 and "token_type_ids" in view:
+                arguments["token_type_ids"] = view["token_type_ids"]
+        else:
+            arguments |= {"position_ids": view["position_ids"], "use_cache": False}
+        return self.model(**arguments).last_hidden_state
+
+    def attention(self, view: View) -> Any:
+        """Return which tokens each token sees, as the trunk's and a branch's layers take it: bool [rows, 1, length, length]."""
+        seen = visible(view["mask"], view["position_ids"], view.get("lengths"))
+        types = getattr(self.model.config, "layer_types", None)
+        if not types or "sliding_attention" not in types:
+            return seen
+        place = torch.arange(seen.shape[-1], device=seen.device)
+        near = (place[:, None] - place).abs() < self.model.config.sliding_window
+        return {"full_attention": seen, "sliding_attention": seen & near}
+
+    def new_layers(self, count: int) -> nn.Module:
+        """Return fresh layers of the trunk's own kind, to go on from its features; see ``through``.
+
+        The first forward changes nothing where the architecture lets it: what a layer adds starts at zero.
+
+        Args:
+            count: How many; 0 leaves a decoder's last norm alone.
+        """
+        config = copy.deepcopy(self.model.config)
+        config.num_hidden_layers = count
+        if getattr(config, "layer_types", None):
+            config.layer_types = (config.layer_types * count)[-count:] if count else []
+        if self.is_encoder:
+            layers = AutoModel.from_config(config, add_pooling_layer=False).encoder
+        else:
+            vocabulary = config.vocab_size
+            config.vocab_size, config.pad_token_id = 1, None
+            layers = AutoModel.from_config(config)
+            config.vocab_size = vocabulary
+            del layers.embed_tokens
+            layers.norm.load_state_dict(self.last_norm[0].state_dict())
+            for layer in layers.layers:
+                if hasattr(layer, "post_feedforward_layernorm"):
+                    continue  # a norm behind it would make of zero what it likes
+                for name in ("self_attn.o_proj", "mlp.down_proj"):
+                    nn.init.zeros_(layer.get_submodule(name).weight)
+        return layers.to(self.table.device, self.table.dtype)
+
+    def through(self, layers: nn.Module, features: Tensor, view: View) -> Tensor:
+        """Return what layers of ``new_layers`` make of features [rows, length, hidden size]."""
+        if self.is_encoder:
+            return layers(features, attention_mask=self.attention(view)).last_hidden_state
+        return layers(
+            inputs_embeds=features, attention_mask=self.attention(view), position_ids=view["position_ids"], use_cache=False
+        ).last_hidden_state
+
+
+def check_trunk(config: Any) -> None:
+    """Raise an InputError for a model that cannot be a trunk.
+
+    Args:
+        config: Its ``transformers`` config.
+    """
+    if config.model_type in _ENCODERS or (hasattr(config, "num_key_value_heads") and hasattr(config, "rms_norm_eps")):
+        return
+    raise InputError(
+        f"source: a {config.model_type} model cannot be the shared trunk. Legal: decoders of Llama's kind (llama, mistral, "
+        f"qwen2, qwen3, gemma3_text and alike), and encoders: {', '.join(_ENCODERS)}."
+    )
+
+
+def visible(mask: Mask, position_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Return which tokens each token sees, bool [rows, 1, length, length].
+
+    Args:
+        mask: ``causal`` hides what comes later.
+        position_ids: Positions [rows, length], which restart with each document of a packed row.
+        lengths: Tokens of each row without its padding [rows]; None where there is none. Padding sees itself.
+    """
+    length = position_ids.shape[1]
+    place = torch.arange(length, device=position_ids.device)
+    document = (position_ids == 0).cumsum(dim=1)
+    seen = document[:, :, None] == document[:, None, :]
+    if mask == "causal":
+        seen &= place[:, None] >= place
+    if lengths is not None:
+        real = place < lengths[:, None]
+        seen &= real[:, None, :]
+        seen |= (place[:, None] == place) & ~real[:, :, None]
+    return seen[:, None]

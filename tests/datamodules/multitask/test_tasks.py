@@ -1,0 +1,254 @@
+"""What the user gives, and the examples that come of it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from fulgurite.datamodules import (
+    ClassificationTask,
+    GenerationTask,
+    MultiTaskDataModule,
+    RegressionTask,
+    TaggingTask,
+    TextTask,
+)
+from fulgurite.datamodules.multitask import TableRows, read_table
+from fulgurite.datamodules.multitask.self_supervised import ORDERS
+from fulgurite.errors import InputError
+from fulgurite.modules.tiny import tiny_tokenizer
+
+
+def table(path, rows, delimiter=","):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def opened(task, name="task"):
+    task.open(name, tiny_tokenizer(), 0)
+    return task
+
+
+def text_of(ids):
+    return tiny_tokenizer().decode(ids)
+
+
+SENTIMENTS = [{"text": f"it is {kind} {number}", "label": kind} for number in range(10) for kind in ("good", "bad")]
+
+
+def test_rows_of_all_files_are_the_same(tmp_path):
+    rows = [{"text": 'say "yes", or', "label": "1"}, {"text": "no", "label": "0"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bare.tsv").write_text('say "yes", or\t1\nno\t0\n')
+    assert read_table(table(tmp_path / "a.csv", rows), "train") == rows
+    assert read_table(str(tmp_path / "a.jsonl"), "train") == rows
+    assert read_table(str(tmp_path / "bare.tsv"), "train", ["text", "label"]) == rows
+
+
+def test_classes_are_those_of_the_training_rows(tmp_path):
+    task = opened(ClassificationTask(TableRows(table(tmp_path / "a.csv", SENTIMENTS)), length=32))
+    assert task.objectives["task"].classes == ("bad", "good")
+    assert task.size("train") + task.size("val") == 20
+    assert task.size("val") == task.size("test") == 2
+    texts = set()
+    for split in ("train", "val"):
+        for index in range(task.size(split)):
+            (part,) = task.example(split, index, 0)
+            assert part.mask == "bidirectional"
+            assert ("good" in text_of(part.input_ids)) == (part.targets["task"] == 1)
+            texts.add(text_of(part.input_ids))
+    assert len(texts) == 20  # what is held out is not trained on
+
+
+def test_readable_names_stand_for_classes(tmp_path):
+    rows = TableRows(table(tmp_path / "a.csv", SENTIMENTS))
+    task = opened(ClassificationTask(rows, classes={"good": "positive", "bad": "negative"}))
+    assert task.objectives["task"].classes == ("positive", "negative")
+
+
+def test_a_pair_is_one_text(tmp_path):
+    rows = [{"one": "a", "two": f"b{number}", "label": number % 2} for number in range(6)]
+    task = opened(ClassificationTask(TableRows(table(tmp_path / "a.tsv", rows, "\t")), text="one", pair="two"))
+    assert text_of(task.example("train", 0, 0)[0].input_ids).startswith("a\nb")
+    numbers = opened(RegressionTask(TableRows(table(tmp_path / "a.tsv", rows, "\t")), text="one", pair="two"))
+    assert isinstance(numbers.example("train", 0, 0)[0].targets["task"], float)
+
+
+def test_the_first_token_of_a_word_carries_its_tag(tmp_path):
+    rows = [{"tokens": ["ab", "c"], "tags": ["X", "Y"]}, {"tokens": "de f", "tags": "X Y"}, {"tokens": "g", "tags": "Y"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = opened(TaggingTask(TableRows(str(tmp_path / "a.jsonl"))))
+    found = {
+        text_of(part.input_ids): part.targets["task"]
+        for split in ("train", "val")
+        for index in range(task.size(split))
+        for part in task.example(split, index, 0)
+    }
+    assert found["ab c"] == [0, -100, 1, -100]  # " c" are two bytes
+    assert found["g"] == [1]
+
+
+def test_only_the_response_is_learnt(tmp_path):
+    rows = [{"prompt": "2+2", "response": "four"}, {"prompt": "x" * 90, "response": "y" * 90}, {"prompt": "1", "response": "one"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = opened(GenerationTask(TableRows(str(tmp_path / "a.jsonl")), length=40))
+    for split in ("train", "val"):
+        for index in range(task.size(split)):
+            (part,) = task.example(split, index, 0)
+            learnt = [token for token in part.targets["task"] if token != -100]
+            assert part.mask == "causal"
+            assert len(part.input_ids) == len(part.targets["task"]) <= 40
+            assert part.input_ids[-len(learnt) :] == learnt
+            assert len(learnt) >= 4  # also where the prompt alone is longer
+
+
+DOCUMENT = "The sand lay there. Then lightning struck it! Was it glass? It was. The tube is hollow. It is hard, too."
+
+
+@pytest.fixture
+def texts(tmp_path):
+    rows = [{"text": DOCUMENT.replace("s", f"s{number}")} for number in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "texts.jsonl")
+
+
+def test_text_sets_its_own_tasks(texts):
+    task = opened(TextTask(texts, length=90, val_rows=5))
+    assert [own.kind for own in task.objectives.values()] == ["next_token", "masked_token", "sequence", "sequence"]
+    assert task.objectives["task/order"].classes == ("1", "12", "21", "123", "132", "213", "231", "312", "321")
+    distances, orders = set(), set()
+    for draw in range(300):
+        causal, understood = task.example("train", draw % task.size("train"), draw)
+        assert causal.input_ids == causal.targets["task/next_words"]
+        targets = understood.targets
+        hidden = [place for place, one in enumerate(targets["task/masked_words"]) if one != -100]
+        assert hidden
+        assert len(hidden) <= len(understood.input_ids)
+        distances.add(targets["task/distance"])
+        orders.add(targets["task/order"])
+        if targets["task/distance"] in (1, 2):
+            assert targets["task/order"] == -100
+        assert max(len(causal.input_ids), len(understood.input_ids)) <= 90
+    assert distances == {0, 1, 2, -100}
+    assert orders == {-100, *range(len(ORDERS))}
+
+
+def test_distance_and_order_are_true(texts):
+    task = opened(TextTask(texts, length=200, aims=["distance", "order"]))
+    segments = {
+        tuple(one): (number, place) for number, own in enumerate(task.documents["train"]) for place, one in enumerate(own)
+    }
+    for draw in range(300):
+        (part,) = task.example("train", draw % task.size("train"), draw)
+        ids, found, segment = part.input_ids, [], []
+        for token in [*ids, task.between]:
+            if token == task.between:
+                found.append(segments[tuple(segment)])
+                segment = []
+            else:
+                segment.append(token)
+        (first, *rest) = found
+        target = part.targets["task/distance"]
+        if target == 2:
+            assert first[0] != rest[0][0]
+        elif target == 1:
+            assert first[0] == rest[0][0]
+            assert abs(first[1] - rest[0][1]) > 1
+        else:
+            places = [place for _, place in found]
+            assert {number for number, _ in found} == {first[0]}
+            assert ORDERS[part.targets["task/order"]] == tuple(place - min(places) for place in places)
+
+
+def test_whole_words_are_masked(texts):
+    task = opened(TextTask(texts, length=60, aims=["masked_words"], masked=0.3))
+    masked, words = 0, 0
+    for draw in range(200):
+        (part,) = task.example("train", draw % task.size("train"), draw)
+        original = [
+            target if target != -100 else token for token, target in zip(part.input_ids, part.targets["task/masked_words"])
+        ]
+        hidden = np.array(part.targets["task/masked_words"]) != -100
+        begins = np.array(
+            [place == 0 or task.begins[token] or original[place - 1] == task.between for place, token in enumerate(original)]
+        )
+        assert not (np.diff(hidden.astype(int))[~begins[1:]] != 0).any() or task.between in original
+        words += int(begins.sum())
+        masked += int((hidden & begins).sum())
+    assert 0.25 < masked / words < 0.42
+
+
+def test_examples_depend_on_seed_and_draw_alone(texts):
+    one, two = (opened(TextTask(texts, length=60)) for _ in range(2))
+    assert one.example("train", 3, 7) == two.example("train", 3, 7)
+    assert one.example("train", 3, 7) != one.example("train", 3, 8)
+    assert one.example("val", 1, 1) == two.example("val", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda rows: ClassificationTask(TableRows("none.csv")), "train='none.csv' is no file here. Legal: a .csv"),
+        (lambda rows: ClassificationTask(TableRows("none.xls")), "train='none.xls' has no rows. Legal: a .csv, .tsv"),
+        (lambda rows: ClassificationTask(TableRows(rows), text="body"), "row 1: no column text='body'"),
+        (
+            lambda rows: ClassificationTask(TableRows(rows), classes=["good", "awful"]),
+            "label='bad' is none of the classes good, awful",
+        ),
+        (lambda rows: ClassificationTask(TableRows(rows), classes=["good", "bad", "odd"]), "no training row has the class 'odd'"),
+        (lambda rows: ClassificationTask(TableRows(rows), classes=["good"]), "there have to be two or more"),
+        (lambda rows: ClassificationTask(TableRows(rows, val_fraction=1.0)), "val_fraction=1.0 is no share"),
+        (lambda rows: ClassificationTask(TableRows(rows, train_rows=0)), "train_rows=0 holds no row"),
+        (lambda rows: ClassificationTask(TableRows(rows), length=2), "length=2 holds no text"),
+        (lambda rows: ClassificationTask(TableRows(rows, columns=["a"])), "2 columns, not the 1 of a"),
+        (lambda rows: RegressionTask(TableRows(rows)), "label='good' is no number"),
+        (lambda rows: TaggingTask(TableRows(rows), words="text", tags="label"), "4 words, but 1 tags"),
+        (lambda rows: GenerationTask(TableRows(rows), template="Q:"), "does not say where the prompt stands"),
+        (lambda rows: TextTask("package:python-docs", aims=["orders"]), "aims: 'orders' is unknown. Legal: next_words"),
+        (lambda rows: TextTask("package:python-docs", masked=1.5), "masked=1.5 is no share of the words"),
+    ],
+)
+def test_bad_tasks_are_refused_by_name(tmp_path, make, message):
+    rows = table(tmp_path / "a.csv", SENTIMENTS)
+    with pytest.raises(InputError) as caught:
+        opened(make(rows))
+    assert message in str(caught.value)
+
+
+def test_a_label_that_only_validation_has_is_refused(tmp_path):
+    other = table(tmp_path / "b.csv", [{"text": "x", "label": "new"}])
+    task = ClassificationTask(TableRows(table(tmp_path / "a.csv", SENTIMENTS), val=other))
+    with pytest.raises(InputError, match="a row of val has label='new', which no training row has"):
+        opened(task)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    with pytest.raises(InputError, match="tasks.task.data.train=.*holds no rows"):
+        opened(ClassificationTask(TableRows(str(tmp_path / "a.csv"))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": {}}, "tasks is empty"),
+        ({"batches": "some"}, "batches='some' is unknown. Legal: mixed, task"),
+        ({"temperature": 0}, "temperature=0. Legal: above 0"),
+        ({"shares": {"texts": 1.0}}, "shares: give one for each task and no other"),
+        ({"shares": {"text": 0.0}}, "shares.text=0.0. Legal: above 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        MultiTaskDataModule(**settings)
+
+
+def test_names_that_cannot_be_are_refused(texts):
+    with pytest.raises(InputError, match="tasks: 'a.b' cannot be a name"):
+        MultiTaskDataModule({"a.b": TextTask(texts)})
+    with pytest.raises(InputError, match="batch_size=1: a mixed batch needs an example of each of the 2 tasks"):
+        MultiTaskDataModule({"a": TextTask(texts), "b": TextTask(texts)}, batch_size=1)
