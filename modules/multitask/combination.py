@@ -128,8 +128,7 @@ class FanOut:
             gramian = self._gramian(features, by_view, tasks, on)
             if self.rule is not None:
                 weights = self.rule.weighting(gramian).detach()
-            lengths = gramian.diagonal().clamp(min=1e-30).sqrt()
-            self.agreement = Agreement(gramian / (lengths[:, None] * lengths), weights)
+            self.agreement = Agreement(gramian_cosines(gramian), weights)
         found = []
         for view, pairs in zip(features, by_view):
             total = torch.zeros_like(view)
@@ -165,6 +164,12 @@ class FanOut:
             maps /= ranks
         flat = maps.flatten(1)
         return flat @ flat.T
+
+
+def gramian_cosines(gramian: Tensor) -> Tensor:
+    """Return the cosines between rows of which a Gramian [rows, rows] is known."""
+    lengths = gramian.diagonal().clamp(min=1e-30).sqrt()
+    return gramian / (lengths[:, None] * lengths)
 
 
 class _FanOut(torch.autograd.Function):

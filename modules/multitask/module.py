@@ -22,7 +22,7 @@ from ...errors import InputError, nearest
 from ..base import PretrainedModule
 from ..pretrained import Dtype, load_base, load_config
 from .branches import Answer, Branch, TransformerBranch, build_branches
-from .combination import FanOut, FeatureWeighting
+from .combination import FanOut, FeatureWeighting, gramian_cosines
 from .metrics import TaskMetrics
 from .objectives import Objective
 from .plain import plain_model, why_not_plain
@@ -91,6 +91,8 @@ class MultiTask(PretrainedModule):
         TransformerBranch(branch_layers)  # refuses a wrong number
         self.fresh, self.given, self.branch_layers = fresh, branches, branch_layers
         self.combination: Combination = combination or Sum()
+        if isinstance(self.combination, FAMO):  # steps its own weights, which no optimizer of ours and no DDP should wait for
+            self.combination.requires_grad_(False)
         self.loss_weights, self.period, self.max_new_tokens = loss_weights or {}, period, max_new_tokens
         self.gradient_checkpointing = gradient_checkpointing
         self.objectives: dict[str, Objective] = {}
@@ -150,8 +152,15 @@ class MultiTask(PretrainedModule):
             raise InputError(
                 f"combination={name} needs all tasks from the start, but TaskSchedule adds some later. Leave one out."
             )
+        strategy = self.trainer.strategy
+        finds_unused = not isinstance(strategy, DDPStrategy) or getattr(strategy.model, "find_unused_parameters", True)
+        if (data.schedule or not data.mixed) and not finds_unused and not isinstance(self.combination, Aggregator):
+            what = "TaskSchedule" if data.schedule else "data.batches='task'"
+            raise InputError(
+                f"{what} leaves branches without a gradient, for which DDP would wait. Use trainer.strategy: "
+                "ddp_find_unused_parameters_true."
+            )
         if isinstance(self.combination, Aggregator):
-            strategy = self.trainer.strategy
             if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
                 raise InputError(f"combination={name} needs whole gradients. Legal strategies: one device, ddp.")
             if self.trainer.precision == "16-mixed":
@@ -186,7 +195,7 @@ class MultiTask(PretrainedModule):
         for name, answer in answers.items():
             self.log(f"train_loss/{name}", answer.loss.detach(), batch_size=max(1, answer.count))
         if isinstance(self.combination, Scalarizer):
-            loss = losses[0] if len(losses) == 1 else self.combination(losses)
+            loss = losses[0] if len(losses) == 1 else self.combination(self._over_ranks(losses))
         else:
             loss = losses.sum()
         if isinstance(self.combination, Aggregator):
@@ -196,6 +205,17 @@ class MultiTask(PretrainedModule):
         self._names = list(answers)
         self.log("train_loss", losses.detach().sum(), prog_bar=True)
         return loss
+
+    def _over_ranks(self, losses: Tensor) -> Tensor:
+        """Return losses with the values of all ranks' means and the gradients of this one's.
+
+        So every rank combines the same numbers, and gradients that are averaged afterwards are those of one process.
+        """
+        if self.trainer.world_size == 1:
+            return losses
+        mean = losses.detach().clone()
+        all_reduce(mean, ReduceOp.SUM)
+        return losses + (mean / self.trainer.world_size - losses.detach())
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Find the gradients; for an aggregator a row of the Jacobian for each task."""
@@ -222,6 +242,9 @@ class MultiTask(PretrainedModule):
         assert self.trunk is not None
         return [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
 
+    def _jacobians(self) -> list[Tensor]:
+        return [parameter.jac for parameter in self._shared()]  # type: ignore[attr-defined]
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Aggregate the Jacobian, before the Trainer clips what comes of it."""
         if not isinstance(self.combination, Aggregator):
@@ -229,14 +252,17 @@ class MultiTask(PretrainedModule):
         shared = self._shared()
         ranks = self.trainer.world_size
         if ranks > 1:
-            for parameter in shared:
-                all_reduce(parameter.jac, ReduceOp.SUM)  # type: ignore[attr-defined]
-                parameter.jac /= ranks  # type: ignore[attr-defined]
+            for jacobian in self._jacobians():
+                all_reduce(jacobian, ReduceOp.SUM)
+                jacobian /= ranks
             for parameter in self.branches.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 all_reduce(parameter.grad, ReduceOp.SUM)
                 parameter.grad /= ranks
+        if self._should_log:
+            gramian = torch.stack([_rows(one) @ _rows(one).T for one in self._jacobians()]).sum(dim=0)
+            self._log_cosines(gramian_cosines(gramian))
         # An aggregator may draw, as PCGrad does: every rank the same.
         with torch.random.fork_rng(devices=[]), torch.autocast(self.device.type, enabled=False):
             torch.manual_seed(self.trainer.global_step)
@@ -256,15 +282,21 @@ class MultiTask(PretrainedModule):
         for one, name in enumerate(self._names):
             if isinstance(self.combination, FeatureWeighting):
                 self.log(f"weight/{name}", found.weights[one])
+        self._log_cosines(found.cosines)
+
+    def _log_cosines(self, cosines: Tensor) -> None:
+        for one, name in enumerate(self._names):
             for two in range(one + 1, len(self._names)):
-                self.log(f"cosine/{name}~{self._names[two]}", found.cosines[one, two])
+                self.log(f"cosine/{name}~{self._names[two]}", cosines[one, two])
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Tell combinations what they have to know."""
         if isinstance(self.combination, FAMO) and self._last_batch is not None:
             answers, _ = self._answers(self._last_batch)
-            self.combination.update(torch.stack([answer.loss for answer in answers.values()]))
+            losses = [answer.loss * self.loss_weights.get(name, 1.0) for name, answer in answers.items()]
+            self.combination.requires_grad_(True).update(self._over_ranks(torch.stack(losses)))
+            self.combination.requires_grad_(False)
             self._last_batch = None
         if isinstance(self.combination, DWA) and self.trainer.global_step % self.period == 0:
             self.combination.step()
@@ -378,6 +410,10 @@ class MultiTask(PretrainedModule):
         if self._random is not None:
             torch.set_rng_state(self._random.cpu())
             self._random = None
+
+
+def _rows(jacobian: Tensor) -> Tensor:
+    return jacobian.flatten(1).float()
 
 
 def _kept(combination: Any) -> dict[str, Any]:

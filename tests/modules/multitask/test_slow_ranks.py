@@ -14,7 +14,7 @@ import sys
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torchjd.aggregation import UPGrad
-from torchjd.scalarization import UW
+from torchjd.scalarization import DWA, FAMO, UW
 
 from fulgurite.datamodules import ClassificationTask, MultiTaskDataModule, RegressionTask
 from fulgurite.datamodules.multitask import TableRows
@@ -24,6 +24,8 @@ from fulgurite.modules.multitask import LeastSquaresProjector
 COMBINATIONS = {
     "sum": lambda: None,
     "uncertainty": lambda: UW(3),
+    "dwa": DWA,
+    "famo": lambda: FAMO(3),
     "map": lambda: FeatureWeighting(compare="map"),
     "features": lambda: FeatureWeighting(compare="features"),
     "jacobian": lambda: UPGrad(projector=LeastSquaresProjector()),
@@ -50,6 +52,7 @@ if __name__ == "__main__":
         "random:tiny",
         branches=branches,
         combination=COMBINATIONS[name](),
+        period=2,
         optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1),
     )
     trainer = Trainer(
@@ -63,7 +66,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 4e-3)])
-@pytest.mark.parametrize("name", ["sum", "uncertainty", "map", "features", "jacobian"])
+@pytest.mark.parametrize("name", ["sum", "uncertainty", "dwa", "famo", "map", "features", "jacobian"])
 def test_two_ranks_end_alike_and_as_one_does(tmp_path, name, precision, tolerance):
     with open(tmp_path / "rows.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -79,3 +82,13 @@ def test_two_ranks_end_alike_and_as_one_does(tmp_path, name, precision, toleranc
         if key.startswith(("trunk.", "branches.")):
             assert torch.equal(tensor, second[key]), key
             torch.testing.assert_close(tensor, alone[key], atol=tolerance, rtol=tolerance, msg=key)
+
+
+@pytest.mark.slow
+def test_branches_without_a_gradient_are_refused_where_ddp_would_wait(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,parity,third,number\n" + "".join(f"n {n},{n % 2},{n % 3},{n}\n" for n in range(90)))
+    (tmp_path / "script.py").write_text(SCRIPT.replace("batch_size=12", 'batches="task", batch_size=12'))
+    words = [sys.executable, "script.py", "2", "sum", "32-true"]
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "data.batches='task' leaves branches without a gradient" in done.stderr
