@@ -109,9 +109,8 @@ class Course:
         )
         rate = TokenRate()
         callbacks: list[Any] = [rate]
-        if schedule:  # the largest task first; all are there for the last half
-            order = sorted(names, key=list(_TABLES).index)
-            callbacks.append(TaskSchedule({name: place * self.steps // (2 * len(names)) for place, name in enumerate(order)}))
+        if schedule:  # in the order given; all are there for the last half
+            callbacks.append(TaskSchedule({name: place * self.steps // (2 * len(names)) for place, name in enumerate(names)}))
         trainer = Trainer(
             max_steps=self.steps,
             max_epochs=-1,
