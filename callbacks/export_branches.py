@@ -63,7 +63,9 @@ class ExportBranches(Callback):
                 continue
             plain = pl_module.plain_model(task).to(getattr(torch, self.dtype))
             figures = {
-                name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.endswith(f"/{task}")
+                name: float(value)
+                for name, value in sorted(trainer.callback_metrics.items())
+                if name.startswith("val_") and name.partition("/")[2] == task
             }
             card = model_card(
                 trainer, pl_module, plain, trainer.global_step, figures, _USES.get(objective.kind, "text-classification")

@@ -275,16 +275,29 @@ def load_base(source: str, dtype: Dtype = "float32", fresh: dict[str, Any] | Non
     """
     resolved, kind = resolve_source(source), getattr(torch, dtype)
     config = load_config(source)
-    pooler = {"add_pooling_layer": False} if hasattr(config, "type_vocab_size") else {}  # of encoders of BERT's kind
     if fresh is not None:
         config.update(fresh)
-        model = AutoModel.from_config(config, dtype=kind, **pooler)
+        model = base_from_config(config, dtype)
     elif resolved.name == "random:tiny":
         model = tiny_model().to(kind).base_model
     else:
-        model = _reach(resolved, lambda: AutoModel.from_pretrained(resolved.folder(), dtype=kind, **pooler))
+        model = _reach(resolved, lambda: AutoModel.from_pretrained(resolved.folder(), dtype=kind, **_without_pooler(config)))
     _check_sizes(source, model, load_tokenizer(source))
     return model.eval()
+
+
+def base_from_config(config: Any, dtype: Dtype = "float32") -> PreTrainedModel:
+    """Return a model without its head, of random weights.
+
+    Args:
+        config: Of ``transformers``.
+        dtype: Type of the weights in memory.
+    """
+    return AutoModel.from_config(config, dtype=getattr(torch, dtype), **_without_pooler(config))
+
+
+def _without_pooler(config: Any) -> dict[str, bool]:
+    return {"add_pooling_layer": False} if hasattr(config, "type_vocab_size") else {}  # encoders of BERT's kind have one
 
 
 def load_config(source: str):

@@ -1,7 +1,9 @@
 """Several tasks as one stream of batches."""
 
+import re
 from typing import Any, Literal
 
+from torch import nn
 from torch.utils.data import Dataset
 
 from ...errors import nearest
@@ -52,8 +54,10 @@ class MultiTaskDataModule(TokenDataModule):
         if not self.tasks:
             raise DataError("tasks is empty: there is nothing to learn. Give one or more.")
         for name in self.tasks:
-            if not name or any(character in name for character in "./~ "):
-                raise DataError(f"tasks: {name!r} cannot be a name. Legal: letters, digits, '-' and '_'.")
+            if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+                raise DataError(
+                    f"tasks: {name!r} cannot be a name. Legal: letters, digits, '-' and '_', and no word of PyTorch's modules."
+                )
         if batches not in ("mixed", "task"):
             raise DataError(f"batches={batches!r} is unknown. Legal: mixed, task.")
         if temperature <= 0:

@@ -231,6 +231,7 @@ def _segments(sentences: list[list[int]], room: int) -> list[list[int]]:
 def _begins_word(tokenizer: PreTrainedTokenizerBase) -> list[bool]:
     """Return for each token whether a word begins with it [vocabulary]."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    if any(token.startswith("##") for token in tokens):  # WordPiece marks what goes on
+    byte_level = any(token.startswith(("Ġ", "▁")) for token in tokens)
+    if not byte_level and any(token.startswith("##") for token in tokens):  # WordPiece marks what goes on
         return [not token.startswith("##") for token in tokens]
     return [token.startswith(("Ġ", "▁", "Ċ")) for token in tokens]

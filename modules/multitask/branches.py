@@ -135,7 +135,7 @@ class TransformerBranch(Branch):
         if lengths is None:
             return states.mean(dim=1)
         real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-        return (states * real[:, :, None].to(states.dtype)).sum(dim=1) / lengths[:, None].to(states.dtype)
+        return (states * real[:, :, None].to(states.dtype)).sum(dim=1) / lengths[:, None].clamp(min=1).to(states.dtype)
 
     def answer(self, trunk: Trunk, states: Tensor, view: View, targets: Tensor) -> Answer:
         """See ``Branch``."""

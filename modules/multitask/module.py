@@ -16,11 +16,11 @@ from torch.distributed import ReduceOp, all_reduce
 from torchjd.aggregation import Aggregator
 from torchjd.autojac import jac_to_grad
 from torchjd.scalarization import DWA, FAMO, Mean, Scalarizer, Sum
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ...errors import InputError, nearest
 from ..base import PretrainedModule
-from ..pretrained import Dtype, load_base, load_config
+from ..pretrained import Dtype, base_from_config, load_base, load_config
 from .branches import Answer, Branch, TransformerBranch, build_branches
 from .combination import FanOut, FeatureWeighting, gramian_cosines
 from .metrics import TaskMetrics
@@ -101,6 +101,7 @@ class MultiTask(PretrainedModule):
         self.metrics = nn.ModuleDict()
         self._pending: list[tuple[list[str], list[Tensor]]] = []  # losses whose Jacobian is to be found
         self._random: Tensor | None = None
+        self._told = 0  # the step that the combination was told of last
         self._last_batch: Any = None  # of FAMO, which looks at it again
 
     def configure_model(self) -> None:
@@ -273,7 +274,8 @@ class MultiTask(PretrainedModule):
 
     @property
     def _should_log(self) -> bool:
-        return self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        # As Lightning's loggers count.
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_agreement(self) -> None:
         found, self._fan.agreement = self._fan.agreement, None
@@ -292,6 +294,9 @@ class MultiTask(PretrainedModule):
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Tell combinations what they have to know."""
+        if self.trainer.global_step == self._told:  # within an accumulation
+            return
+        self._told = self.trainer.global_step
         if isinstance(self.combination, FAMO) and self._last_batch is not None:
             answers, _ = self._answers(self._last_batch)
             losses = [answer.loss * self.loss_weights.get(name, 1.0) for name, answer in answers.items()]
@@ -395,7 +400,7 @@ class MultiTask(PretrainedModule):
         objectives = {name: Objective(kind, tuple(classes)) for name, (kind, classes) in saved["objectives"].items()}
         if self.trunk is None:
             config = AutoConfig.for_model(saved["config"]["model_type"]).from_dict(saved["config"])
-            self._build(objectives, AutoModel.from_config(config, dtype=getattr(torch, self.weights)))
+            self._build(objectives, base_from_config(config, self.weights))
         elif objectives != self.objectives:
             raise InputError(
                 f"The checkpoint is of other tasks: {', '.join(objectives)}, with their classes; here are "

@@ -12,7 +12,8 @@ from .objectives import Mask
 
 View = dict[str, Any]
 
-_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
+_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 class Trunk(nn.Module):
@@ -62,14 +63,20 @@ class Trunk(nn.Module):
         return self.model(**arguments).last_hidden_state
 
     def attention(self, view: View) -> Any:
-        """Return which tokens each token sees, as the trunk's and a branch's layers take it: bool [rows, 1, length, length]."""
+        """Return which tokens each token sees, as the trunk's and a branch's layers take it [rows, 1, length, length]."""
         seen = visible(view["mask"], view["position_ids"], view.get("lengths"))
+        as_taken = self._added if self.model.config._attn_implementation == "eager" else lambda mask: mask
         types = getattr(self.model.config, "layer_types", None)
         if not types or "sliding_attention" not in types:
-            return seen
+            return as_taken(seen)
         place = torch.arange(seen.shape[-1], device=seen.device)
         near = (place[:, None] - place).abs() < self.model.config.sliding_window
-        return {"full_attention": seen, "sliding_attention": seen & near}
+        return {"full_attention": as_taken(seen), "sliding_attention": as_taken(seen & near)}
+
+    def _added(self, seen: Tensor) -> Tensor:
+        """Return a mask that is added to the scores, which eager attention takes."""
+        least = torch.finfo(self.table.dtype).min
+        return torch.zeros(seen.shape, dtype=self.table.dtype, device=seen.device).masked_fill(~seen, least)
 
     def new_layers(self, count: int) -> nn.Module:
         """Return fresh layers of the trunk's own kind, to go on from its features; see ``through``.
@@ -114,11 +121,11 @@ def check_trunk(config: Any) -> None:
     Args:
         config: Its ``transformers`` config.
     """
-    if config.model_type in _ENCODERS or (hasattr(config, "num_key_value_heads") and hasattr(config, "rms_norm_eps")):
+    if config.model_type in (*_DECODERS, *_ENCODERS):
         return
     raise InputError(
-        f"source: a {config.model_type} model cannot be the shared trunk. Legal: decoders of Llama's kind (llama, mistral, "
-        f"qwen2, qwen3, gemma3_text and alike), and encoders: {', '.join(_ENCODERS)}."
+        f"source: a {config.model_type} model cannot be the shared trunk. Legal: decoders ({', '.join(_DECODERS)}) and encoders "
+        f"({', '.join(_ENCODERS)})."
     )
 
 

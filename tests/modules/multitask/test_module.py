@@ -239,10 +239,10 @@ data:
         "-c",
         "mine.yaml",
         "--model.source=random:tiny",
-        "--trainer.max_steps=2",
+        "--trainer.max_steps=50",
         "--run=mine",
     ]
-    cli = run([*words, "--trainer.precision=32", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"])
+    cli = run([*words, "--trainer.precision=32", "--trainer.enable_progress_bar=false"])
     assert list(cli.model.objectives) == NAMES
     assert "val_accuracy/parity" in cli.trainer.callback_metrics
     assert (tmp_path / "runs/multitask/mine/export/text/next_words/config.json").is_file()
