@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import nearest
 from ...modules.multitask.objectives import IGNORED, Objective
+from ...modules.pretrained import needs_bos
 from ..documents import DataError, check_documents, read_documents
 from .tasks import SPLITS, Part, Task
 
@@ -84,7 +85,8 @@ class TextTask(Task):
         """See ``Task``."""
         self.name, self.seed = name, seed
         first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.first = [first] if first is not None else []
+        begin = first if first is not None else tokenizer.bos_token_id if needs_bos(tokenizer) else None
+        self.first = [begin] if begin is not None else []
         spare = next(one for one in (last, tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if one is not None)
         self.between = spare
         self.last = [last] if last is not None else []
@@ -116,7 +118,7 @@ class TextTask(Task):
         digest, found, tokens = hashlib.sha256(), [], 0
         for text in texts:
             digest.update(hashlib.sha256(text.encode()).digest())
-            sentences = [sentence for sentence in _SENTENCE.split(text) if sentence and sentence.strip()]
+            sentences = _sentences(text)
             if not sentences or (self.train_tokens is not None and tokens >= self.train_tokens):
                 continue
             ids = [one for one in tokenizer(sentences, add_special_tokens=False).input_ids if one]
@@ -215,6 +217,13 @@ class TextTask(Task):
                 elif how < 0.9:
                     ids[place] = int(random.choice(self.words))
         return ids, targets
+
+
+def _sentences(text: str) -> list[str]:
+    """Return a text's sentences, each with the blanks before it, so that together they are the text; the first gets one."""
+    text = f" {text.strip()}"
+    cuts = [0, *(match.start() for match in _SENTENCE.finditer(text) if match.start()), len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def _segments(sentences: list[list[int]], room: int) -> list[list[int]]:

@@ -79,9 +79,25 @@ def column_of(row: Row, name: str, parameter: str, where: str) -> Any:
     Raises:
         DataError: If there is no such column.
     """
-    if row.get(name) is None:
+    if name not in row:
         raise DataError(f"{where}: no column {parameter}={name!r}.{nearest(name, map(str, row))}")
+    if row[name] is None:
+        raise DataError(f"{where}: the column {parameter}={name!r} is empty.")
     return row[name]
+
+
+def text_of(row: Row, name: str, parameter: str, where: str) -> str:
+    """Return a row's text in a column.
+
+    Raises:
+        DataError: If there is no such column, or no text in it.
+    """
+    found = column_of(row, name, parameter, where)
+    if isinstance(found, dict | list) or not str(found).strip():
+        raise DataError(
+            f"{where}: no text in the column {parameter}={name!r}, but {found!r}. Leave the row out, or give it a text."
+        )
+    return str(found)
 
 
 def content_hash(rows: list[Row]) -> str:

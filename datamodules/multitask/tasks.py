@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import nearest
 from ...modules.multitask.objectives import IGNORED, Mask, Objective
+from ...modules.pretrained import needs_bos
 from ..documents import DataError
-from .tables import Row, check_table, column_of, content_hash, read_table
+from .tables import Row, check_table, column_of, content_hash, read_table, text_of
 
 SPLITS = ("train", "val", "test")
 
@@ -209,9 +210,9 @@ class ClassificationTask(RowTask):
             raise DataError(f"classes={classes}: there have to be two or more, all different.")
 
     def _row(self, row: Row, where: str) -> Row:
-        kept = {"text": str(column_of(row, self.text, "text", where)), "label": str(column_of(row, self.label, "label", where))}
+        kept = {"text": text_of(row, self.text, "text", where), "label": str(column_of(row, self.label, "label", where))}
         if self.pair is not None:
-            kept["pair"] = str(column_of(row, self.pair, "pair", where))
+            kept["pair"] = text_of(row, self.pair, "pair", where)
         if self.classes and kept["label"] not in self.classes:
             raise DataError(
                 f"{where}: {self.label}={kept['label']!r} is none of the classes {', '.join(self.classes)}."
@@ -284,9 +285,9 @@ class RegressionTask(RowTask):
             raise DataError(f"{where}: {self.label}={value!r} is no number.") from None
         if not np.isfinite(number):
             raise DataError(f"{where}: {self.label}={value!r} is not finite.")
-        kept = {"text": str(column_of(row, self.text, "text", where)), "label": number}
+        kept = {"text": text_of(row, self.text, "text", where), "label": number}
         if self.pair is not None:
-            kept["pair"] = str(column_of(row, self.pair, "pair", where))
+            kept["pair"] = text_of(row, self.pair, "pair", where)
         return kept
 
     @property
@@ -362,6 +363,8 @@ class TaggingTask(RowTask):
             ids += own
             targets += [self.classes.index(tag), *[IGNORED] * (len(own) - 1)][: len(own)]
         first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        if first is None and needs_bos(self.tokenizer):
+            first = self.tokenizer.bos_token_id
         room = self.length - (first is not None) - (last is not None)
         ids, targets = ids[:room], targets[:room]
         if first is not None:
@@ -401,8 +404,8 @@ class GenerationTask(RowTask):
 
     def _row(self, row: Row, where: str) -> Row:
         return {
-            "prompt": str(column_of(row, self.prompt, "prompt", where)),
-            "response": str(column_of(row, self.response, "response", where)),
+            "prompt": text_of(row, self.prompt, "prompt", where),
+            "response": text_of(row, self.response, "response", where),
         }
 
     @property

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,14 @@ def texts(tmp_path):
     return str(tmp_path / "texts.jsonl")
 
 
+def test_text_is_learnt_as_it_stands(texts):
+    task = opened(TextTask(texts, length=200, aims=["next_words"]))
+    found = {text_of(task.example("train", index, 0)[0].input_ids) for index in range(task.size("train"))}
+    written = [" " + json.loads(line)["text"] for line in Path(texts).read_text().splitlines()]
+    assert all(any(whole.endswith(part) for whole in written) for part in found)
+    assert sum(whole in found for whole in written) >= 8  # those that are trained on, from their begin
+
+
 def test_text_sets_its_own_tasks(texts):
     task = opened(TextTask(texts, length=90, val_rows=5))
     assert [own.kind for own in task.objectives.values()] == ["next_token", "masked_token", "sequence", "sequence"]
@@ -206,6 +215,7 @@ def test_examples_depend_on_seed_and_draw_alone(texts):
         (lambda rows: ClassificationTask(TableRows(rows), length=2), "length=2 holds no text"),
         (lambda rows: ClassificationTask(TableRows(rows, columns=["a"])), "2 columns, not the 1 of a"),
         (lambda rows: RegressionTask(TableRows(rows)), "label='good' is no number"),
+        (lambda rows: ClassificationTask(TableRows(rows, columns=["label", "text"]), text="none"), "no column text='none'"),
         (lambda rows: TaggingTask(TableRows(rows), words="text", tags="label"), "4 words, but 1 tags"),
         (lambda rows: GenerationTask(TableRows(rows), template="Q:"), "does not say where the prompt stands"),
         (lambda rows: TextTask("package:python-docs", aims=["orders"]), "aims: 'orders' is unknown. Legal: next_words"),
@@ -224,6 +234,12 @@ def test_a_label_that_only_validation_has_is_refused(tmp_path):
     task = ClassificationTask(TableRows(table(tmp_path / "a.csv", SENTIMENTS), val=other))
     with pytest.raises(InputError, match="a row of val has label='new', which no training row has"):
         opened(task)
+
+
+def test_a_row_without_text_is_refused(tmp_path):
+    rows = table(tmp_path / "a.csv", [*SENTIMENTS, {"text": " ", "label": "good"}])
+    with pytest.raises(InputError, match="row 21: no text in the column text='text'"):
+        opened(ClassificationTask(TableRows(rows)))
 
 
 def test_an_empty_file_is_refused(tmp_path):
