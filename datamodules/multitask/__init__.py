@@ -1,9 +1,10 @@
 """Tasks for multi-task training."""
 
 from .datamodule import MultiTaskDataModule
+from .row_tasks import ClassificationTask, GenerationTask, RegressionTask, RowTask, TableRows, TaggingTask
 from .self_supervised import TextTask
 from .tables import read_table
-from .tasks import ClassificationTask, GenerationTask, RegressionTask, RowTask, TableRows, TaggingTask, Task
+from .tasks import Task
 
 __all__ = [
     "ClassificationTask",
