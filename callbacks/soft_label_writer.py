@@ -24,7 +24,8 @@ from ..errors import InputError
 from ..modules.distillation import SoftLabelTeacher
 from ..modules.distillation.alignment import Spelling
 from ..modules.distillation.teacher import CapturedLabels
-from ..modules.pretrained import SourceError, tokenizer_fingerprint
+from ..modules.pretrained import SourceError
+from ..modules.tokens import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -32,4 +32,4 @@ class TaskSchedule(Callback):
                 raise InputError(f"starts has {name!r}, which is no task of the data.{nearest(name, data.tasks)}")
         if all(self.starts.get(name, 0) for name in data.tasks):
             raise InputError(f"starts={self.starts}: no task is there from the start. Leave one out, or give it 0.")
-        data.schedule = {name: step * trainer.accumulate_grad_batches for name, step in self.starts.items()}
+        data.schedule = dict(self.starts)

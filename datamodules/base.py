@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..modules.pretrained import load_tokenizer, resolve_source, tokenizer_fingerprint
+from ..modules.pretrained import load_tokenizer, resolve_source
+from ..modules.tokens import tokenizer_fingerprint
 from .loader import EpochSampler, ResumableLoader
 from .packing import collate
 

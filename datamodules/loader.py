@@ -109,6 +109,7 @@ class ResumableLoader:
             "world_size": sampler.world_size,
             "seed": sampler.seed,
             "content": self.content,
+            **getattr(sampler, "settings", {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,9 +123,9 @@ class ResumableLoader:
             InputError: If the data, the batch size, the seed or the number of processes has changed since.
         """
         for name, value in self._identity().items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise InputError(
-                    f"The checkpoint's data order cannot be continued: {name} was {state[name]} and is {value} now. Resume "
+                    f"The checkpoint's data order cannot be continued: {name} was {state.get(name)} and is {value} now. Resume "
                     "with the settings of the run that wrote it."
                 )
         complete = state["batches"] >= len(self)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ..modules.pretrained import needs_bos
+from ..modules.tokens import needs_bos
 from .base import TokenDataModule
 from .documents import DataError, check_documents
 from .packing import PackedBlocks, split_documents

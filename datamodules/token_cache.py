@@ -10,7 +10,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from ..files import atomic_folder, cache_folder, write_json
-from ..modules.pretrained import tokenizer_fingerprint
+from ..modules.tokens import tokenizer_fingerprint
 from .documents import DataError, documents_hash, read_documents
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from ..datamodules.soft_labels.parquet import export_parquet, import_parquet
 from ..datamodules.soft_labels.picture import draw_label_stats
 from ..errors import InputError
 from ..modules.distillation.alignment import Spelling, VocabularyAlignment
-from ..modules.pretrained import load_tokenizer, token_bytes
+from ..modules.pretrained import load_tokenizer
+from ..modules.tokens import token_bytes
 
 
 def stats(store: str, *, picture: str | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 
 
@@ -20,6 +21,8 @@ def pairs(first: Callable[[], None], second: Callable[[], None], rounds: int, wh
     for step in track(range(2 * (rounds + 1)), description=what):
         begin = time.perf_counter()
         (first, second)[step % 2]()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         times[step % 2].append(time.perf_counter() - begin)
     one, two = (seconds[1:] for seconds in times)
     return statistics.median(one), statistics.median(two), statistics.median(a / b for a, b in zip(one, two))
@@ -33,8 +36,17 @@ def _resident() -> int:
 
 
 def extra_memory(function: Callable[[], Any]) -> int:
-    """Return by how many bytes the process grew at most while a function ran, sampled every half millisecond."""
-    stop, peak, base = threading.Event(), [0], _resident()
+    """Return by how many bytes memory grew at most while a function ran.
+
+    That is the accelerator's where one was used before; else the process's, sampled every half millisecond.
+    """
+    if torch.cuda.is_initialized():
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - base
+    stop, peak, resident = threading.Event(), [0], _resident()
 
     def watch() -> None:
         while not stop.is_set():
@@ -46,4 +58,4 @@ def extra_memory(function: Callable[[], Any]) -> int:
     function()
     stop.set()
     thread.join()
-    return max(peak[0] - base, 0)
+    return max(peak[0] - resident, 0)

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..errors import InputError
 from .base import PretrainedModule
 from .linear_loss import LossParts, linear_loss, shift_labels
-from .pretrained import Dtype, head_weight, load_config, load_model, token_byte_lengths
+from .pretrained import Dtype, head_weight, load_config, load_model
 from .span_attention import NOTICE, adopt_plan, plan_of
 from .student import StudentSpec, build_student
+from .tokens import token_byte_lengths
 
 log = logging.getLogger(__name__)
 

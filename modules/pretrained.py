@@ -16,7 +16,6 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -258,46 +257,24 @@ def load_model(source: str, dtype: Dtype = "float32", *, attn_implementation: st
                 resolved.folder(), dtype=getattr(torch, dtype), attn_implementation=attn_implementation
             ),
         )
-        _check_sizes(source, model, load_tokenizer(source))
+        check_sizes(source, model, load_tokenizer(source))
     return model.eval()
 
 
-def load_base(source: str, dtype: Dtype = "float32", fresh: dict[str, Any] | None = None) -> PreTrainedModel:
-    """Load a model without its head, an encoder or a decoder, on the CPU and in evaluation mode.
+def load_encoder(source: str, dtype: Dtype = "float32") -> PreTrainedModel:
+    """Load the encoder of a source, without head and pooler, on the CPU and in evaluation mode.
 
     Args:
         source: See the table at the head of this module.
         dtype: Type of the weights in memory.
-        fresh: Fields of its config to change, for random weights; None takes the model's own.
 
     Raises:
         SourceError: If the source is unknown or cannot be read, or its embedding is smaller than its tokenizer.
     """
     resolved, kind = resolve_source(source), getattr(torch, dtype)
-    config = load_config(source)
-    if fresh is not None:
-        config.update(fresh)
-        model = base_from_config(config, dtype)
-    elif resolved.name == "random:tiny":
-        model = tiny_model().to(kind).base_model
-    else:
-        model = _reach(resolved, lambda: AutoModel.from_pretrained(resolved.folder(), dtype=kind, **_without_pooler(config)))
-    _check_sizes(source, model, load_tokenizer(source))
+    model = _reach(resolved, lambda: AutoModel.from_pretrained(resolved.folder(), dtype=kind, add_pooling_layer=False))
+    check_sizes(source, model, load_tokenizer(source))
     return model.eval()
-
-
-def base_from_config(config: Any, dtype: Dtype = "float32") -> PreTrainedModel:
-    """Return a model without its head, of random weights.
-
-    Args:
-        config: Of ``transformers``.
-        dtype: Type of the weights in memory.
-    """
-    return AutoModel.from_config(config, dtype=getattr(torch, dtype), **_without_pooler(config))
-
-
-def _without_pooler(config: Any) -> dict[str, bool]:
-    return {"add_pooling_layer": False} if hasattr(config, "type_vocab_size") else {}  # encoders of BERT's kind have one
 
 
 def load_config(source: str):
@@ -308,77 +285,14 @@ def load_config(source: str):
     return _reach(resolved, lambda: AutoConfig.from_pretrained(resolved.folder()))
 
 
-def _check_sizes(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_sizes(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a SourceError if a model's embedding has fewer rows than its tokenizer has tokens."""
     rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
         raise SourceError(
             f"source={source!r}: the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows. "
             "Use the tokenizer that the model was trained with, or resize the embedding and save the folder again."
         )
-
-
-def needs_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether the tokenizer itself puts a BOS token before a text, as Gemma needs it at the start of every block."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """Return the bytes of UTF-8 text that each token stands for [vocabulary]; None for special tokens.
-
-    Args:
-        tokenizer: Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM), or SentencePiece-like (Llama 2, Mistral, Gemma).
-
-    Raises:
-        SourceError: If it is of another kind, whose tokens do not spell their text.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = str(json.loads(backend.to_str())["decoder"]) if backend is not None else ""
-    pieces = "▁" in decoder or "Metaspace" in decoder
-    if not pieces and "ByteLevel" not in decoder:
-        raise SourceError(
-            f"{type(tokenizer).__name__} is neither a byte-level tokenizer nor one of SentencePiece's kind, so its tokens do not "
-            "spell the text that they stand for. Use a model with such a tokenizer."
-        )
-    special, added, table = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder, _byte_of_character()
-    spelled: list[bytes | None] = []
-    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        if token is None or number in special or (number in added and added[number].special):
-            spelled.append(None)
-        elif number in added:
-            spelled.append(token.encode())
-        elif not pieces:
-            spelled.append(bytes(table[character] for character in token))
-        else:
-            single = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)  # SentencePiece writes a space as ▁
-            spelled.append(bytes([int(single[1], 16)]) if single else token.replace("▁", " ").encode())
-    return spelled
-
-
-def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return how many bytes of UTF-8 text each token stands for, int64 [vocabulary]; special tokens stand for none."""
-    return torch.tensor([len(part or b"") for part in token_bytes(tokenizer)])
-
-
-_PROBE = "Sand, struck by lightning: 3.14 × 10⁻² über\n\tdef f(x):\n        return x ** 2  # 雷 🌩"
-
-
-@cache
-def _tokenizer_digest(key: tuple) -> str:
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 32 hexadecimal digits that are equal for tokenizers that give every text the same ids."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return _tokenizer_digest((tuple(vocabulary), tuple(tokenizer(_PROBE).input_ids)))
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fulgurite.errors import InputError
-from fulgurite.modules.pretrained import load_model, load_tokenizer, needs_bos, resolve_source, token_byte_lengths
+from fulgurite.modules.pretrained import load_model, load_tokenizer, resolve_source
+from fulgurite.modules.tokens import needs_bos, token_byte_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM = "package:smollm2-135m-instruct"

@@ -74,7 +74,7 @@ class MultiTaskDataModule(TokenDataModule):
             if (shares or {})[name] <= 0:
                 raise DataError(f"shares.{name}={(shares or {})[name]}. Legal: above 0.")
         self.temperature, self.shares = temperature, shares
-        self.schedule: dict[str, int] = {}  # first batch of tasks that TaskSchedule adds
+        self.schedule: dict[str, int] = {}  # optimizer step of tasks that TaskSchedule adds
         self._opened = False
 
     def setup(self, stage: str | None = None) -> None:
@@ -107,12 +107,15 @@ class MultiTaskDataModule(TokenDataModule):
         """Return the training examples, in an order that goes on where a checkpoint was written."""
         trainer = self.trainer
         sizes = {name: task.size("train") for name, task in self.tasks.items()}
+        limit = None if trainer is None else trainer.limit_train_batches
         sampler = TaskSampler(
             sizes,
             shares=self.shares or shares_of(sizes, self.temperature),
             batch_size=self.batch_size,
             mixed=self.mixed,
             starts=self.schedule,
+            accumulate=1 if trainer is None else trainer.accumulate_grad_batches,
+            limit=limit if isinstance(limit, int) else None,
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
@@ -139,8 +142,8 @@ class MultiTaskDataModule(TokenDataModule):
         return self._stream(_InOrder(self, "test"))
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Return what ``test`` reads."""
-        return self.test_dataloader()
+        """Return the rows that are to be answered, task by task; where none are given, those of ``test``."""
+        return self._stream(_InOrder(self, "predict"))
 
 
 class _Examples(Dataset):

@@ -1,5 +1,6 @@
 """Tasks made of labelled rows: classes, numbers and tags of texts, and texts that follow a prompt."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import nearest
 from ...modules.multitask.objectives import IGNORED, Mask, Objective
-from ...modules.pretrained import needs_bos
+from ...modules.tokens import needs_bos
 from ..documents import DataError
 from .tables import Row, check_table, column_of, content_hash, read_table, text_of
 from .tasks import SPLITS, Part, Task
@@ -23,6 +24,7 @@ class TableRows:
         train: Rows to train on: a .csv, .tsv, .jsonl or .parquet file, or ``hub:owner/name[:split]``.
         val: Rows to validate on; None holds out a part of ``train``.
         test: Rows for ``test``; None takes those of ``val``.
+        predict: Rows for ``predict``, all of them, which need no label; None takes those of ``test``.
         columns: Names of the columns of CSV and TSV files without a first line that names them.
         train_rows: Rows to train on at most; None takes all.
         val_rows: Rows to validate on, and to test on, at most; None takes all.
@@ -35,6 +37,7 @@ class TableRows:
     train: str
     val: str | None = None
     test: str | None = None
+    predict: str | None = None
     columns: list[str] | None = None
     train_rows: int | None = None
     val_rows: int | None = None
@@ -43,6 +46,11 @@ class TableRows:
     def __post_init__(self) -> None:
         for split, source in self.sources.items():
             check_table(source, split)
+            if self.columns is not None and not source.endswith((".csv", ".tsv")):
+                raise DataError(
+                    f"columns={self.columns}: {split}={source!r} names its columns itself. Leave columns out; a task says "
+                    "which it reads."
+                )
         for name, number in (("train_rows", self.train_rows), ("val_rows", self.val_rows)):
             if number is not None and number < 1:
                 raise DataError(f"{name}={number} holds no row. Legal: 1 or more, or null.")
@@ -75,8 +83,8 @@ class RowTask(Task):
         rows = {split: self._read(split, source) for split, source in self.data.sources.items()}
         for split, own in rows.items():
             self.content[f"{name}/{split}"] = content_hash(own)
-            # In the order of their hashes, which is as good as random and the same whatever else is read.
-            own.sort(key=lambda row: content_hash([row]))
+            if split != "predict":  # in the order of their hashes, as good as random and the same whatever else is read
+                own.sort(key=lambda row: content_hash([row]))
         if "val" not in rows:
             if len(rows["train"]) < 2:
                 raise DataError(f"Task {name!r}: {self.data.train} has one row, so none can be held out. Give val.")
@@ -84,16 +92,18 @@ class RowTask(Task):
             rows["val"], rows["train"] = rows["train"][:held_out], rows["train"][held_out:]
         rows.setdefault("test", rows["val"])
         limits = {"train": self.data.train_rows, "val": self.data.val_rows, "test": self.data.val_rows}
-        self.rows = {split: own[: limits[split]] for split, own in rows.items()}
+        self.rows = {split: own[: limits.get(split)] for split, own in rows.items()}
+        self.rows.setdefault("predict", self.rows["test"])
         self._check()
 
     def _read(self, split: str, source: str) -> list[Row]:
         rows = read_table(source, f"tasks.{self.name}.data.{split}", self.data.columns)
-        return [self._row(row, f"Task {self.name!r}, {source}, row {number}") for number, row in enumerate(rows, 1)]
+        labelled = split != "predict"
+        return [self._row(row, f"Task {self.name!r}, {source}, row {number}", labelled) for number, row in enumerate(rows, 1)]
 
     @abstractmethod
-    def _row(self, row: Row, where: str) -> Row:
-        """Return what is kept of a row, checked."""
+    def _row(self, row: Row, where: str, labelled: bool) -> Row:
+        """Return what is kept of a row, checked; without its label where it is not asked for."""
 
     def _check(self) -> None:
         """Check the rows together."""
@@ -105,7 +115,9 @@ class RowTask(Task):
     def _part(self, mask: Mask, target: Any, text: str, pair: str | None = None) -> Part:
         assert self.tokenizer is not None
         if pair is not None and self.tokenizer.sep_token is None:
-            text, pair = f"{text}\n{pair}", None
+            ids, second = self.tokenizer(f"{text}\n").input_ids, self.tokenizer(pair, add_special_tokens=False).input_ids
+            ids = [*ids[: _room_of_first(len(ids), len(second), self.length)], *second][: self.length]
+            return Part(mask, ids, [0] * len(ids), {self.name: target})
         found = self.tokenizer(text, pair, truncation=True, max_length=self.length)
         ids = list(found["input_ids"])
         return Part(mask, ids, list(found.get("token_type_ids") or [0] * len(ids)), {self.name: target})
@@ -120,7 +132,7 @@ class ClassificationTask(RowTask):
         pair: Column of a second text, where there is one.
         label: Column of the class.
         classes: The classes as the data has them, in the order of their ids, or a readable name for each; None takes those of the
-            training rows, sorted.
+            training rows, sorted, numbers by size.
         length: Tokens of a text at most; longer ones are cut.
 
     Raises:
@@ -143,8 +155,11 @@ class ClassificationTask(RowTask):
         if classes is not None and len(set(self.classes.values())) < max(2, len(classes)):
             raise DataError(f"classes={classes}: there have to be two or more, all different.")
 
-    def _row(self, row: Row, where: str) -> Row:
-        kept = {**_texts(row, self.text, self.pair, where), "label": str(column_of(row, self.label, "label", where))}
+    def _row(self, row: Row, where: str, labelled: bool) -> Row:
+        kept = _texts(row, self.text, self.pair, where)
+        if not labelled:
+            return kept
+        kept["label"] = text_of(row, self.label, "label", where)
         if self.classes and kept["label"] not in self.classes:
             raise DataError(
                 f"{where}: {self.label}={kept['label']!r} is none of the classes {', '.join(self.classes)}."
@@ -155,7 +170,7 @@ class ClassificationTask(RowTask):
     def _check(self) -> None:
         seen = {row["label"] for row in self.rows["train"]}
         if not self.classes:
-            self.classes = {name: name for name in sorted(seen)}
+            self.classes = {name: name for name in sorted(seen, key=_in_order)}
         for name in self.classes:
             if name not in seen:
                 raise DataError(
@@ -180,7 +195,8 @@ class ClassificationTask(RowTask):
     def example(self, split: str, index: int, draw: int) -> list[Part]:
         """See ``Task``."""
         row = self.rows[split][index]
-        return [self._part("bidirectional", list(self.classes).index(row["label"]), row["text"], row.get("pair"))]
+        target = list(self.classes).index(row["label"]) if "label" in row else IGNORED
+        return [self._part("bidirectional", target, row["text"], row.get("pair"))]
 
 
 class RegressionTask(RowTask):
@@ -209,7 +225,10 @@ class RegressionTask(RowTask):
         super().__init__(data, length)
         self.text, self.pair, self.label = text, pair, label
 
-    def _row(self, row: Row, where: str) -> Row:
+    def _row(self, row: Row, where: str, labelled: bool) -> Row:
+        kept = _texts(row, self.text, self.pair, where)
+        if not labelled:
+            return kept
         value = column_of(row, self.label, "label", where)
         try:
             number = float(value)
@@ -217,7 +236,7 @@ class RegressionTask(RowTask):
             raise DataError(f"{where}: {self.label}={value!r} is no number.") from None
         if not np.isfinite(number):
             raise DataError(f"{where}: {self.label}={value!r} is not finite.")
-        return {**_texts(row, self.text, self.pair, where), "label": number}
+        return {**kept, "label": number}
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -227,7 +246,7 @@ class RegressionTask(RowTask):
     def example(self, split: str, index: int, draw: int) -> list[Part]:
         """See ``Task``."""
         row = self.rows[split][index]
-        return [self._part("bidirectional", row["label"], row["text"], row.get("pair"))]
+        return [self._part("bidirectional", row.get("label", math.nan), row["text"], row.get("pair"))]
 
 
 class TaggingTask(RowTask):
@@ -256,22 +275,24 @@ class TaggingTask(RowTask):
         super().__init__(data, length)
         self.words, self.tags, self.classes = words, tags, list(classes or [])
 
-    def _row(self, row: Row, where: str) -> Row:
-        kept = {}
-        for name, parameter in ((self.words, "words"), (self.tags, "tags")):
+    def _row(self, row: Row, where: str, labelled: bool) -> Row:
+        kept: Row = {}
+        for name, parameter in ((self.words, "words"), (self.tags, "tags"))[: 1 + labelled]:
             value = column_of(row, name, parameter, where)
             kept[parameter] = value.split() if isinstance(value, str) else [str(one) for one in value]
+        if not labelled:
+            kept["tags"] = [None] * len(kept["words"])
         if len(kept["words"]) != len(kept["tags"]) or not kept["words"]:
             raise DataError(f"{where}: {len(kept['words'])} words, but {len(kept['tags'])} tags. Each word needs one.")
         for tag in kept["tags"]:
-            if self.classes and tag not in self.classes:
+            if self.classes and tag is not None and tag not in self.classes:
                 raise DataError(f"{where}: tag {tag!r} is none of the classes {', '.join(self.classes)}.")
         return kept
 
     def _check(self) -> None:
         seen = {tag for row in self.rows["train"] for tag in row["tags"]}
-        self.classes = self.classes or sorted(seen)
-        for split in SPLITS:
+        self.classes = self.classes or sorted(seen, key=_in_order)
+        for split in ("train", "val", "test"):
             for tag in {tag for row in self.rows[split] for tag in row["tags"]} | set(self.classes):
                 if tag not in seen:
                     raise DataError(f"Task {self.name!r}: no training row has the tag {tag!r}, so that it could not be learnt.")
@@ -290,7 +311,8 @@ class TaggingTask(RowTask):
         for place, (word, tag) in enumerate(zip(row["words"], row["tags"])):
             own = self.tokenizer(word if place == 0 else f" {word}", add_special_tokens=False).input_ids
             ids += own
-            targets += [self.classes.index(tag), *[IGNORED] * (len(own) - 1)][: len(own)]
+            # Without a tag any class marks a word whose class is asked for.
+            targets += [self.classes.index(tag) if tag else 0, *[IGNORED] * (len(own) - 1)][: len(own)]
         first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         if first is None and needs_bos(self.tokenizer):
             first = self.tokenizer.bos_token_id
@@ -331,11 +353,9 @@ class GenerationTask(RowTask):
             raise DataError(f"template={template!r} does not say where the prompt stands. Put {{prompt}} into it.")
         self.prompt, self.response, self.template = prompt, response, template
 
-    def _row(self, row: Row, where: str) -> Row:
-        return {
-            "prompt": text_of(row, self.prompt, "prompt", where),
-            "response": text_of(row, self.response, "response", where),
-        }
+    def _row(self, row: Row, where: str, labelled: bool) -> Row:
+        kept = {"prompt": text_of(row, self.prompt, "prompt", where)}
+        return {**kept, "response": text_of(row, self.response, "response", where)} if labelled else kept
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -347,12 +367,28 @@ class GenerationTask(RowTask):
         assert self.tokenizer is not None
         row = self.rows[split][index]
         head = self.tokenizer(self.template.replace("{prompt}", row["prompt"])).input_ids
-        tail = self.tokenizer(row["response"], add_special_tokens=False).input_ids
-        end = self.tokenizer.eos_token_id
-        tail = [*tail, end] if end is not None else tail
-        head = head[: max(1, self.length - min(len(tail), self.length // 2))]  # the response has half of it at least
+        tail: list[int] = []
+        if "response" in row:
+            end = self.tokenizer.eos_token_id
+            tail = self.tokenizer(row["response"], add_special_tokens=False).input_ids + ([end] if end is not None else [])
+        room = _room_of_first(len(head), len(tail), self.length)
+        begin = 1 if needs_bos(self.tokenizer) else 0
+        head = head if len(head) <= room else [*head[:begin], *head[begin - room :]]  # what is asked stands at its end
         ids = [*head, *tail][: self.length]
         return [Part("causal", ids, [0] * len(ids), {self.name: [*[IGNORED] * len(head), *ids[len(head) :]]})]
+
+
+def _room_of_first(first: int, second: int, length: int) -> int:
+    """Return how many tokens the first of two texts keeps: half of the length, or what the other one leaves of it."""
+    return length - min(second, max(length // 2, length - first))
+
+
+def _in_order(name: str) -> tuple[float, str]:
+    """Return what classes are sorted by: numbers by size, and then words."""
+    try:
+        return float(name), name
+    except ValueError:
+        return math.inf, name
 
 
 def _texts(row: Row, text: str, pair: str | None, where: str) -> Row:

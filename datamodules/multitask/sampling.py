@@ -15,10 +15,12 @@ class TaskSampler(Sampler[Key]):
 
     Args:
         sizes: Examples of each task.
-        shares: Of each task in the batches, above 0.
+        shares: Of each task in the batches, above 0; over many batches they hold, as far as each batch has room.
         batch_size: Examples a batch on each rank.
         mixed: Every batch has examples of all active tasks, at least one of each; else of one task.
-        starts: First batch of tasks that are added later.
+        starts: Optimizer step of tasks that are added later.
+        accumulate: Batches of an optimizer step; the last step of an epoch may have fewer.
+        limit: Batches of an epoch at most; None takes as many as hold all examples.
         seed: Of all that is drawn.
         rank: This process.
         world_size: Number of processes.
@@ -32,17 +34,29 @@ class TaskSampler(Sampler[Key]):
         batch_size: int,
         mixed: bool,
         starts: dict[str, int] | None = None,
+        accumulate: int = 1,
+        limit: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.sizes, self.shares, self.batch_size, self.mixed = sizes, shares, batch_size, mixed
-        self.starts = starts or {}
+        self.starts, self.accumulate = starts or {}, accumulate
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.size = sum(sizes.values())
         self.batches = max(1, self.size // (batch_size * world_size))  # an epoch
+        if limit is not None:
+            self.batches = min(self.batches, limit)
         self.epoch = 0
         self.skip = 0
+        self._drawn = 0, dict.fromkeys(sizes, 0)  # before an epoch, the examples drawn by all ranks
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the order depends on beside sizes, seed and ranks."""
+        shares = ", ".join(f"{task} {share:.6g}" for task, share in self.shares.items())
+        found = {"shares": shares, "kind of batches": "mixed" if self.mixed else "task", "batches of an epoch": str(self.batches)}
+        return found | ({"schedule": f"{self.starts} by {self.accumulate} batches"} if self.starts else {})
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the Trainer calls it."""
@@ -53,10 +67,13 @@ class TaskSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         skip, self.skip = self.skip, 0
-        drawn = dict.fromkeys(self.sizes, 0)  # by all ranks
         orders: dict[str, tuple[int, np.ndarray]] = {}
         first = self.epoch * self.batches
-        for batch in range(first + self.batches):
+        done, drawn = self._drawn if self._drawn[0] <= first else (0, dict.fromkeys(self.sizes, 0))
+        drawn = dict(drawn)
+        for batch in range(done, first + self.batches):
+            if batch == first:
+                self._drawn = batch, dict(drawn)
             rows = self._rows(batch)
             if batch >= first + skip // self.batch_size:
                 for task, count in rows.items():
@@ -76,17 +93,19 @@ class TaskSampler(Sampler[Key]):
 
     def _rows(self, batch: int) -> dict[str, int]:
         """Return how many examples of each task a batch has on each rank."""
-        active = [task for task in self.sizes if batch >= self.starts.get(task, 0)]
+        epoch, place = divmod(batch, self.batches)
+        step = epoch * -(-self.batches // self.accumulate) + place // self.accumulate
+        active = [task for task in self.sizes if step >= self.starts.get(task, 0)]
         shares = np.array([self.shares[task] for task in active])
         shares = shares / shares.sum()
+        random = np.random.default_rng([self.seed, 3, batch])
         if not self.mixed:
-            chosen = np.random.default_rng([self.seed, 3, batch]).choice(len(active), p=shares)
-            return {active[chosen]: self.batch_size}
-        exact = shares * (self.batch_size - len(active))  # each has one, the rest goes by largest remainder
-        counts = np.floor(exact).astype(int)
-        rest = self.batch_size - len(active) - int(counts.sum())
-        counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
-        return {task: 1 + int(count) for task, count in zip(active, counts)}
+            return {active[random.choice(len(active), p=shares)]: self.batch_size}
+        # Each has one; what their shares say beyond that is rounded by one draw, so that on the average it is exact.
+        more = np.maximum(shares * self.batch_size - 1, 0)
+        more *= (self.batch_size - len(active)) / max(more.sum(), 1e-12)
+        bounds = np.floor(np.round(np.cumsum(more), 9) + random.random()).astype(int)
+        return {task: 1 + int(count) for task, count in zip(active, np.diff(bounds, prepend=0))}
 
 
 def shares_of(sizes: dict[str, int], temperature: float) -> dict[str, float]:

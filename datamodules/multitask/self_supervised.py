@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import nearest
 from ...modules.multitask.objectives import IGNORED, Objective
-from ...modules.pretrained import needs_bos
+from ...modules.tokens import needs_bos
 from ..documents import DataError, check_documents, read_documents
 from .tasks import SPLITS, Part, Task
 
@@ -102,7 +102,8 @@ class TextTask(Task):
                 raise DataError(f"Task {name!r}: train={self.train!r} is one document, so none can be held out. Give val.")
             held_out = min(max(1, round(len(train) * self.val_fraction)), len(train) - 1)
             val, train = train[:held_out], train[held_out:]
-        self.documents = {"train": train, "val": val, "test": val}
+        self._check(train)
+        self.documents = {"train": train, "val": val, "test": val, "predict": val}
         for split in SPLITS:
             places = [
                 (number, start) for number, document in enumerate(self.documents[split]) for start in range(0, len(document), 3)
@@ -111,6 +112,22 @@ class TextTask(Task):
                 order = np.random.default_rng([seed, 1]).permutation(len(places))[: self.val_rows]
                 places = [places[place] for place in order]
             self.places[split] = places
+
+    def _check(self, documents: list[list[list[int]]]) -> None:
+        """Refuse aims of which some classes could never occur."""
+        longest = max(map(len, documents))
+        for aim, possible in (("distance", longest > 2 and len(documents) > 1), ("order", longest > 2)):
+            if aim in self.aims and not possible:
+                raise DataError(
+                    f"Task {self.name!r}: aims has {aim!r}, but train={self.train!r} has {len(documents)} documents, the longest "
+                    f"of {longest} segments of up to {self._room} tokens; it needs two documents, and three segments in one. "
+                    "Leave it out, give longer documents, or a smaller length."
+                )
+
+    @property
+    def _room(self) -> int:
+        """Tokens of a segment at most: three of them, with separators, make a text."""
+        return max(1, self.length // 3 - 2)
 
     def _read(self, source: str, tokenizer: PreTrainedTokenizerBase, split: str) -> list[list[list[int]]]:
         """Return documents of segments of token ids, in the order of the documents' hashes, as far as ``train_tokens`` go."""
@@ -124,7 +141,7 @@ class TextTask(Task):
             ids = [one for one in tokenizer(sentences, add_special_tokens=False).input_ids if one]
             tokens += sum(map(len, ids))
             if ids:
-                found.append(_segments(ids, max(1, self.length // 3 - 2)))
+                found.append(_segments(ids, self._room, self.begins))
         if not found:
             raise DataError(f"Task {self.name!r}: {split}={source!r} holds no text.")
         self.content[f"{self.name}/{split}"] = digest.hexdigest()[:32]
@@ -226,14 +243,19 @@ def _sentences(text: str) -> list[str]:
     return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
-def _segments(sentences: list[list[int]], room: int) -> list[list[int]]:
-    """Return runs of consecutive sentences [segments], each as long as fits into so many tokens, but at least a sentence."""
-    found = [list(sentences[0])]
-    for sentence in sentences[1:]:
-        if len(found[-1]) + len(sentence) <= room:
-            found[-1] += sentence
-        else:
-            found.append(list(sentence))
+def _segments(sentences: list[list[int]], room: int, begins: list[bool]) -> list[list[int]]:
+    """Return runs of consecutive sentences [segments], of up to so many tokens each; longer sentences are parted, at words."""
+    found: list[list[int]] = [[]]
+    for sentence in sentences:
+        rest = sentence
+        while rest:
+            cut = len(rest)
+            if cut > room:
+                cut = next((place for place in range(room, 0, -1) if begins[rest[place]]), room)
+            if found[-1] and len(found[-1]) + cut > room:
+                found.append([])
+            found[-1] += rest[:cut]
+            rest = rest[cut:]
     return found
 
 

@@ -64,6 +64,9 @@ def _separated(path: Path, columns: list[str] | None) -> list[Row]:
     except csv.Error as error:
         raise DataError(f"{path}: {error}. Is it a {path.suffix} file?") from error
     names = columns or (lines.pop(0) if lines else [])
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"{path}: the column {min(twice)!r} is named twice. Give each its own name, or name them by columns.")
     for number, line in enumerate(lines, 1 if columns else 2):
         if len(line) != len(names):
             raise DataError(
@@ -81,7 +84,7 @@ def column_of(row: Row, name: str, parameter: str, where: str) -> Any:
     """
     if name not in row:
         raise DataError(f"{where}: no column {parameter}={name!r}.{nearest(name, map(str, row))}")
-    if row[name] is None:
+    if row[name] is None or row[name] != row[name]:  # Parquet may hold NaN for nothing
         raise DataError(f"{where}: the column {parameter}={name!r} is empty.")
     return row[name]
 

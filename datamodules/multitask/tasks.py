@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ...modules.multitask.objectives import IGNORED, Mask, Objective
 from ..documents import DataError
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "predict")
 
 
 @dataclass
@@ -64,14 +64,14 @@ class Task(ABC):
 
     @abstractmethod
     def size(self, split: str) -> int:
-        """Return the number of examples of ``train``, ``val`` or ``test``."""
+        """Return the number of examples of ``train``, ``val``, ``test`` or ``predict``."""
 
     @abstractmethod
     def example(self, split: str, index: int, draw: int) -> list[Part]:
         """Return an example.
 
         Args:
-            split: ``train``, ``val`` or ``test``.
+            split: ``train``, ``val``, ``test`` or ``predict``.
             index: Which.
             draw: What is random depends on it; the count of examples drawn so far in training, else the index.
         """

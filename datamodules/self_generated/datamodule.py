@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import nearest
 from ...files import digest
-from ...modules.pretrained import Dtype, load_config, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
+from ...modules.pretrained import Dtype, load_config, load_model, load_tokenizer, resolve_source
+from ...modules.tokens import tokenizer_fingerprint
 from ..base import TokenDataModule
 from ..documents import DataError, check_documents, read_documents
 from .answers import Answer, AnswerCache, AnswerSettings, perplexities

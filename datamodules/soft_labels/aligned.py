@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ...files import digest, write_atomic
 from ...modules.distillation import SoftLabels
 from ...modules.distillation.alignment import AlignedText, Spelling, VocabularyAlignment
-from ...modules.pretrained import tokenizer_fingerprint
+from ...modules.tokens import tokenizer_fingerprint
 from .codec import StoredSequence, StoreError, of_bfloat16
 from .store import SoftLabelStore
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ...errors import InputError
-from ...modules.pretrained import tokenizer_fingerprint
+from ...modules.tokens import tokenizer_fingerprint
 from ..base import TokenDataModule
 from ..text import TextDataModule
 from .aligned import AlignedExamples, Alignment

@@ -16,7 +16,8 @@ from ...errors import InputError
 from ...files import atomic_file
 from ...modules.distillation import LabelSettings
 from ...modules.distillation.alignment import Spelling
-from ...modules.pretrained import SourceError, tokenizer_fingerprint
+from ...modules.pretrained import SourceError
+from ...modules.tokens import tokenizer_fingerprint
 from .appender import SoftLabelAppender
 from .codec import StoredSequence, bfloat16_bits, of_bfloat16
 from .format import StoreHeader, write_spelling

@@ -20,8 +20,9 @@ from ...datamodules.soft_labels import SoftLabelAppender, StoreHeader
 from ...modules import SoftLabelDistillation, SoftLabelTeacher
 from ...modules.distillation import LabelSettings
 from ...modules.linear_loss import linear_loss
-from ...modules.pretrained import load_config, tokenizer_fingerprint
+from ...modules.pretrained import load_config
 from ...modules.student import StudentSpec
+from ...modules.tokens import tokenizer_fingerprint
 from ..measuring import extra_memory, pairs
 
 BLOCK, BATCH = 512, 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torchjd.aggregation import CAGrad, NashMTL, PCGrad, UPGrad
 from torchjd.scalarization import DWA, UW, Mean, Sum
@@ -240,14 +241,16 @@ def _stepper(course: Course, combination: str, names: list[str], *, one_task: bo
         enable_progress_bar=False,
     )
     trainer.fit(module, data)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = torch.optim.SGD(module.to(device).parameters(), lr=0.0)
     module.log = lambda *args, **settings: None  # type: ignore[method-assign]
     # The first name's task in both, so that memory differs by the tasks held alone.
-    batch = next(one for one in [*taken, *data.train_dataloader()] if not one_task or names[0] in one["views"][0]["targets"])
+    found = next(one for one in [*taken, *data.train_dataloader()] if not one_task or names[0] in one["views"][0]["targets"])
+    batch = move_data_to_device(found, device)
 
     def take_step() -> None:
         module.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = module.training_step(batch, 0)
         module.backward(loss)
         module.on_before_optimizer_step(optimizer)

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import InputError
-from ..pretrained import needs_bos, token_bytes
+from ..tokens import needs_bos, token_bytes
 
 _BATCH = 4096  # spellings that are tokenised at the same time
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, SoftTargets, linear_log_likelihood, linear_loss, shift_labels
-from ..pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source, tokenizer_fingerprint
+from ..pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source
 from ..student import StudentSpec
+from ..tokens import tokenizer_fingerprint
 from .chunks import check_chunks, chunk_loss, in_chunks
 from .labels import LabelSettings, SoftLabels
 from .loss import Divergence, FullVocabularyTargets, KeptLabelTargets, Remainder, check_divergence

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from ...errors import InputError
@@ -62,6 +63,7 @@ class FusionShape:
         shape = self if self.parameters is None else self._wanted(config)._within(config)
         shape = replace(shape, **{name: size for name, size in sizes.items() if getattr(shape, name) is None}, parameters=None)
         shape._check_heads(config)
+        shape._check_config(config)
         if all(getattr(shape, name) == size for name, size in sizes.items()):
             own = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise InputError(f"shape: every size is the model's own ({own}). Make one smaller, or give shape.parameters.")
@@ -98,6 +100,16 @@ class FusionShape:
                 f"shape.num_attention_heads={heads} with shape.num_key_value_heads={groups} is {heads // groups} query heads for "
                 f"each key/value head, but the model has {most}. Legal: up to {most * groups} query heads."
             )
+
+    def _check_config(self, config: Any) -> None:
+        """Refuse what ``transformers`` would not save, as a Llama whose width its heads do not divide."""
+        try:
+            self.config(config).validate()
+        except StrictDataclassError as error:
+            raise InputError(
+                f"shape: transformers saves no {config.model_type} model of these sizes: {error.__cause__ or error} Choose "
+                f"another hidden_size (here {self.hidden_size}) or num_attention_heads (here {self.num_attention_heads})."
+            ) from None
 
     def _within(self, config: Any) -> "FusionShape":
         """Return the shape with layers and neurons that the budget allows."""

@@ -75,8 +75,8 @@ class Branch(nn.Module, ABC):
 class TransformerBranch(Branch):
     """Layers of the trunk's own kind, and a head for the objective.
 
-    Tokens are predicted by the trunk's own embedding. Texts are read from their first token by an encoder, and from the mean of
-    their tokens behind a decoder.
+    Tokens are predicted by the trunk's embedding, or the head of a decoder that has one of its own. Texts are read from their
+    first token by an encoder, and from the mean of their tokens behind a decoder.
 
     Args:
         layers: Transformer layers; 0 puts the head right behind the trunk.
@@ -122,7 +122,7 @@ class TransformerBranch(Branch):
         """See ``Branch``."""
         assert self.objective is not None
         if self.objective.predicts_tokens:
-            return functional.linear(states, trunk.table)
+            return functional.linear(states, trunk.output_table)
         assert self.head is not None
         read = states if self.objective.kind == "token" else self._text(states, view)
         found = self.head(functional.dropout(read, self.dropout, self.training))
@@ -143,7 +143,7 @@ class TransformerBranch(Branch):
         if self.objective.predicts_tokens:
             wanted = shift_labels(targets) if self.objective.kind == "next_token" else targets
             here = wanted != IGNORED
-            parts = linear_loss(states[here], trunk.table, wanted[here])
+            parts = linear_loss(states[here], trunk.output_table, wanted[here])
             return Answer(parts.loss, parts.tokens, None, wanted[here], parts.correct)
         scores = self.scores(trunk, states, view)
         here = ~targets.isnan() if self.objective.kind == "number" else targets != IGNORED

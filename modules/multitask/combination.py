@@ -9,17 +9,20 @@ Three ways, all of them automatic optimisation:
   weights: a backward pass through the shared layers, and a copy of their gradients, for each task.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.distributed import ReduceOp, all_reduce, get_world_size, is_available, is_initialized
-from torchjd.aggregation import UPGradWeighting, Weighting
+from torchjd.aggregation import Aggregator, UPGradWeighting, Weighting
 from torchjd.linalg import DualConeProjector
+from torchjd.scalarization import Mean, Scalarizer, Sum
 
 from ...errors import InputError
 
@@ -38,8 +41,16 @@ class LeastSquaresProjector(DualConeProjector):
     def __init__(self, ridge: float = 1e-4) -> None:
         self.ridge = ridge
 
+    def __repr__(self) -> str:
+        return f"LeastSquaresProjector(ridge={self.ridge})"
+
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
-        """Return the weights of the projections [..., m] of weights ``U`` [..., m], given a Gramian ``G`` [m, m]."""
+        """Return the weights of the projections [..., m] of weights ``U`` [..., m], given a Gramian ``G`` [m, m].
+
+        A Gramian that is not finite leaves them as they are, so that such gradients reach a loss scaler, or the log, as they are.
+        """
+        if not G.isfinite().all():
+            return U
         gramian = G.detach().cpu().double().numpy()
         gramian = gramian / max(float(np.trace(gramian)), 1e-30) + self.ridge * np.eye(len(gramian))
         root = np.linalg.cholesky(gramian).T
@@ -72,6 +83,44 @@ class FeatureWeighting(nn.Module):
         self.weighting = UPGradWeighting(projector=LeastSquaresProjector()) if weighting is None else weighting
         self.compare: On | None = compare
 
+    def extra_repr(self) -> str:
+        """Return what is shown beside the weighting."""
+        return f"compare={self.compare}"
+
+
+Combination = Scalarizer | FeatureWeighting | Aggregator
+
+
+def check_combination(combination: Combination, data: Any, strategy: Strategy, precision: str) -> None:
+    """Raise an InputError for a combination that the batches, the strategy or the precision cannot serve.
+
+    Args:
+        combination: How losses are combined.
+        data: A ``MultiTaskDataModule``.
+        strategy: Of the Trainer.
+        precision: Of the Trainer.
+    """
+    name, jacobian = type(combination).__name__, isinstance(combination, Aggregator)
+    needs_all = not isinstance(combination, Sum | Mean)
+    if needs_all and not data.mixed:
+        raise InputError(
+            f"combination={name} compares tasks, but data.batches='task' brings one at a time. Legal: data.batches=mixed, or "
+            "combination Sum or Mean."
+        )
+    if needs_all and data.schedule and not isinstance(combination, FeatureWeighting | Aggregator):
+        raise InputError(f"combination={name} needs all tasks from the start, but TaskSchedule adds some later. Leave one out.")
+    finds_unused = not isinstance(strategy, DDPStrategy) or getattr(strategy.model, "find_unused_parameters", True)
+    if (data.schedule or not data.mixed) and not finds_unused and not jacobian:
+        what = "TaskSchedule" if data.schedule else "data.batches='task'"
+        raise InputError(
+            f"{what} leaves branches without a gradient, for which DDP would wait. Use trainer.strategy: "
+            "ddp_find_unused_parameters_true."
+        )
+    if jacobian and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise InputError(f"combination={name} needs whole gradients. Legal strategies: one device, ddp.")
+    if jacobian and precision == "16-mixed":
+        raise InputError(f"combination={name} cannot scale its gradients. Legal precisions: 32-true, bf16-mixed.")
+
 
 @dataclass
 class Agreement:
@@ -79,11 +128,11 @@ class Agreement:
 
     Args:
         cosines: Of the tasks' gradients on what they share [tasks, tasks].
-        weights: That they were given [tasks].
+        weights: That they were given [tasks]; None where nothing weighed them, or not by numbers.
     """
 
     cosines: Tensor
-    weights: Tensor
+    weights: Tensor | None
 
 
 class FanOut:
@@ -128,7 +177,7 @@ class FanOut:
             gramian = self._gramian(features, by_view, tasks, on)
             if self.rule is not None:
                 weights = self.rule.weighting(gramian).detach()
-            self.agreement = Agreement(gramian_cosines(gramian), weights)
+            self.agreement = Agreement(gramian_cosines(gramian), None if self.rule is None else weights)
         found = []
         for view, pairs in zip(features, by_view):
             total = torch.zeros_like(view)
@@ -170,6 +219,39 @@ def gramian_cosines(gramian: Tensor) -> Tensor:
     """Return the cosines between rows of which a Gramian [rows, rows] is known."""
     lengths = gramian.diagonal().clamp(min=1e-30).sqrt()
     return gramian / (lengths[:, None] * lengths)
+
+
+def combination_name(combination: Any) -> str:
+    """Return what tells a combination from others: its class, with its settings where it prints them."""
+    return re.sub(r"\s+", " ", re.sub(r" at 0x[0-9a-f]+", "", repr(combination)))
+
+
+def combination_state(combination: Any) -> dict[str, Any]:
+    """Return what a combination and its parts remember beside parameters and buffers, such as DWA's averages.
+
+    That are plain values and tensors, which a checkpoint may hold; Nash-MTL's last solution and FAMO's optimizer are not.
+    """
+    parts = combination.named_modules() if isinstance(combination, nn.Module) else []
+    known = vars(nn.Module())
+    return {
+        f"{prefix}.{name}".removeprefix("."): value
+        for prefix, part in parts
+        for name, value in vars(part).items()
+        if name not in known and _is_plain(value)
+    }
+
+
+def load_combination_state(combination: nn.Module, state: dict[str, Any]) -> None:
+    """Give a combination back what ``combination_state`` returned of one with the same name."""
+    for name, value in state.items():
+        place, _, attribute = name.rpartition(".")
+        setattr(combination.get_submodule(place), attribute, value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, int | float | bool | str | Tensor | torch.dtype)
 
 
 class _FanOut(torch.autograd.Function):

@@ -10,28 +10,35 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed import ReduceOp, all_reduce
-from torchjd.aggregation import Aggregator
-from torchjd.autojac import jac_to_grad
-from torchjd.scalarization import DWA, FAMO, Mean, Scalarizer, Sum
+from torchjd.aggregation import Aggregator, NashMTL
+from torchjd.scalarization import DWA, FAMO, Scalarizer, Sum
 from transformers import AutoConfig, PreTrainedModel
 
 from ...errors import InputError, nearest
 from ..base import PretrainedModule
-from ..pretrained import Dtype, base_from_config, load_base, load_config
+from ..pretrained import Dtype, load_config
 from .branches import Answer, Branch, TransformerBranch, build_branches
-from .combination import FanOut, FeatureWeighting, gramian_cosines
+from .combination import (
+    Agreement,
+    Combination,
+    FanOut,
+    FeatureWeighting,
+    check_combination,
+    combination_name,
+    combination_state,
+    load_combination_state,
+)
+from .jacobian import Jacobian
 from .metrics import TaskMetrics
 from .objectives import Objective
 from .plain import plain_model, why_not_plain
 from .readable import readable
-from .trunk import Trunk, View, check_trunk
+from .trunk import Trunk, View, check_trunk, load_trunk, trunk_of_config
 
 log = logging.getLogger(__name__)
-
-Combination = Scalarizer | FeatureWeighting | Aggregator
 
 
 class MultiTask(PretrainedModule):
@@ -76,11 +83,7 @@ class MultiTask(PretrainedModule):
     ) -> None:
         modules = ("combination", "branches")
         super().__init__(source, optimizer=optimizer, lr_scheduler=lr_scheduler, weights=weights, parts=modules)
-        config = load_config(source)
-        check_trunk(config)
-        for name in fresh or {}:
-            if not hasattr(config, name):
-                raise InputError(f"fresh has {name!r}, which the model's config has not.{nearest(name, config.to_dict())}")
+        check_trunk(load_config(source), fresh)
         for name, factor in (loss_weights or {}).items():
             if factor < 0:
                 raise InputError(f"loss_weights.{name}={factor} is below 0. Legal: 0 or more.")
@@ -99,8 +102,9 @@ class MultiTask(PretrainedModule):
         self.trunk: Trunk | None = None
         self.branches = nn.ModuleDict()
         self.metrics = nn.ModuleDict()
-        self._pending: list[tuple[list[str], list[Tensor]]] = []  # losses whose Jacobian is to be found
-        self._random: Tensor | None = None
+        self._jacobian = Jacobian(self.combination) if isinstance(self.combination, Aggregator) else None
+        self._losses: dict[str, Tensor] = {}  # of the batch at work, weighted
+        self._random: dict[str, Tensor] = {}  # states that a checkpoint brought
         self._told = 0  # the step that the combination was told of last
         self._last_batch: Any = None  # of FAMO, which looks at it again
 
@@ -114,14 +118,17 @@ class MultiTask(PretrainedModule):
             if self._trainer is None:
                 return  # load_from_checkpoint brings them
             raise InputError("MultiTask needs data that names tasks: trainer.fit(module, MultiTaskDataModule(...)).")
-        self._build(objectives, load_base(self.source.name, self.weights, self.fresh))
+        self._build(objectives, load_trunk(self.source.name, self.weights, self.fresh))
+        self._check_lengths(data)
 
-    def _build(self, objectives: dict[str, Objective], model: PreTrainedModel) -> None:
+    def _build(self, objectives: dict[str, Objective], trunk: Trunk) -> None:
         self._check(objectives)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            trunk.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.objectives = dict(objectives)
-        self.trunk = Trunk(model)
+        self.trunk = trunk
+        if not any(objective.predicts_tokens for objective in objectives.values()):
+            trunk.head = None  # nothing would train it
         default = lambda: TransformerBranch(self.branch_layers)  # noqa: E731
         self.branches = build_branches(self.trunk, self.objectives, self.given, default)
         self.metrics = nn.ModuleDict({name: TaskMetrics(objective) for name, objective in self.objectives.items()})
@@ -139,35 +146,22 @@ class MultiTask(PretrainedModule):
                 "leave branches out."
             )
 
+    def _check_lengths(self, data: Any) -> None:
+        assert self.trunk is not None
+        most = self.trunk.most_tokens
+        for name, task in getattr(data, "tasks", {}).items():
+            if most is not None and task.length > most:
+                raise InputError(
+                    f"tasks.{name}.length={task.length}: source={self.source.name!r} has positions for {most} tokens. Give at "
+                    "most so many."
+                )
+
     def on_fit_start(self) -> None:
         """Refuse combinations that the batches or the strategy cannot serve."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        name = type(self.combination).__name__
-        needs_all = not isinstance(self.combination, Sum | Mean)
-        if needs_all and not data.mixed:
-            raise InputError(
-                f"combination={name} compares tasks, but data.batches='task' brings one at a time. Legal: data.batches=mixed, or "
-                "combination Sum or Mean."
-            )
-        if needs_all and data.schedule and not isinstance(self.combination, FeatureWeighting | Aggregator):
-            raise InputError(
-                f"combination={name} needs all tasks from the start, but TaskSchedule adds some later. Leave one out."
-            )
         strategy = self.trainer.strategy
-        finds_unused = not isinstance(strategy, DDPStrategy) or getattr(strategy.model, "find_unused_parameters", True)
-        if (data.schedule or not data.mixed) and not finds_unused and not isinstance(self.combination, Aggregator):
-            what = "TaskSchedule" if data.schedule else "data.batches='task'"
-            raise InputError(
-                f"{what} leaves branches without a gradient, for which DDP would wait. Use trainer.strategy: "
-                "ddp_find_unused_parameters_true."
-            )
-        if isinstance(self.combination, Aggregator):
-            if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-                raise InputError(f"combination={name} needs whole gradients. Legal strategies: one device, ddp.")
-            if self.trainer.precision == "16-mixed":
-                raise InputError(f"combination={name} cannot scale its gradients. Legal precisions: 32-true, bf16-mixed.")
-            if isinstance(strategy, DDPStrategy):  # the Jacobian's rows are averaged here, not by DDP
-                strategy.model.require_backward_grad_sync = False  # type: ignore[union-attr]
+        check_combination(self.combination, self.trainer.datamodule, strategy, self.trainer.precision)  # type: ignore[attr-defined]
+        if self._jacobian is not None and isinstance(strategy, DDPStrategy):  # averages the Jacobian's rows itself
+            strategy.model.require_backward_grad_sync = False  # type: ignore[union-attr]
 
     def _answers(self, batch: dict[str, Any], *, watch: bool = False) -> tuple[dict[str, Answer], FanOut]:
         """Return what each task's branch made of a batch, whose views each go through the trunk once."""
@@ -191,21 +185,16 @@ class MultiTask(PretrainedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch: ``views``, each with ``targets`` by task."""
         answers, self._fan = self._answers(batch, watch=self._should_log)
-        each = [answer.loss * self.loss_weights.get(name, 1.0) for name, answer in answers.items()]
-        losses = torch.stack(each)
+        self._losses = {name: answer.loss * self.loss_weights.get(name, 1.0) for name, answer in answers.items()}
+        losses = torch.stack(list(self._losses.values()))
         for name, answer in answers.items():
             self.log(f"train_loss/{name}", answer.loss.detach(), batch_size=max(1, answer.count))
-        if isinstance(self.combination, Scalarizer):
-            loss = losses[0] if len(losses) == 1 else self.combination(self._over_ranks(losses))
-        else:
-            loss = losses.sum()
-        if isinstance(self.combination, Aggregator):
-            self._pending = [(list(answers), each)]
-        elif isinstance(self.combination, FAMO):
-            self._last_batch = batch
-        self._names = list(answers)
         self.log("train_loss", losses.detach().sum(), prog_bar=True)
-        return loss
+        if isinstance(self.combination, FAMO):
+            self._last_batch = batch
+        if isinstance(self.combination, Scalarizer):
+            return losses[0] if len(losses) == 1 else self.combination(self._over_ranks(losses))
+        return losses.sum()
 
     def _over_ranks(self, losses: Tensor) -> Tensor:
         """Return losses with the values of all ranks' means and the gradients of this one's.
@@ -220,76 +209,39 @@ class MultiTask(PretrainedModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Find the gradients; for an aggregator a row of the Jacobian for each task."""
-        if not isinstance(self.combination, Aggregator):
+        if self._jacobian is None:
             super().backward(loss, *args, **kwargs)
-            self._log_agreement()
+            agreement, self._fan.agreement = self._fan.agreement, None
+            self._log_agreement(agreement)
             return
-        (names, losses), self._pending = self._pending[0], []
-        shared = self._shared()
-        losses = [one / self.trainer.accumulate_grad_batches for one in losses]
-        rows: list[tuple[Tensor | None, ...]] = []
-        for place, name in enumerate(names):
-            own = list(self.branches[name].parameters())
-            found = torch.autograd.grad(losses[place], [*shared, *own], retain_graph=place < len(names) - 1, allow_unused=True)
-            rows.append(found[: len(shared)])
-            for parameter, gradient in zip(own, found[len(shared) :]):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        for parameter, *gradients in zip(shared, *rows):
-            jacobian = torch.stack([torch.zeros_like(parameter) if row is None else row for row in gradients])
-            parameter.jac = parameter.jac + jacobian if hasattr(parameter, "jac") else jacobian
+        losses = {name: one / self.trainer.accumulate_grad_batches for name, one in self._losses.items()}
+        self._jacobian.add(losses, self._shared(), self.branches)
 
     def _shared(self) -> list[nn.Parameter]:
         assert self.trunk is not None
         return [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
 
-    def _jacobians(self) -> list[Tensor]:
-        return [parameter.jac for parameter in self._shared()]  # type: ignore[attr-defined]
-
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Aggregate the Jacobian, before the Trainer clips what comes of it."""
-        if not isinstance(self.combination, Aggregator):
-            return
-        shared = self._shared()
-        ranks = self.trainer.world_size
-        if ranks > 1:
-            for jacobian in self._jacobians():
-                all_reduce(jacobian, ReduceOp.SUM)
-                jacobian /= ranks
-            for parameter in self.branches.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                all_reduce(parameter.grad, ReduceOp.SUM)
-                parameter.grad /= ranks
-        if self._should_log:
-            gramian = torch.stack([_rows(one) @ _rows(one).T for one in self._jacobians()]).sum(dim=0)
-            self._log_cosines(gramian_cosines(gramian))
-        # An aggregator may draw, as PCGrad does: every rank the same.
-        with torch.random.fork_rng(devices=[]), torch.autocast(self.device.type, enabled=False):
-            torch.manual_seed(self.trainer.global_step)
-            weights = jac_to_grad(shared, self.combination)
-        if weights is not None and self._should_log:
-            for name, weight in zip(self._names, weights.tolist()):
-                self.log(f"weight/{name}", weight)
+        if self._jacobian is not None:
+            step = self.trainer.global_step
+            found = self._jacobian.aggregate(self._shared(), self.branches, seed=step, watch=self._should_log)
+            self._log_agreement(found)
 
     @property
     def _should_log(self) -> bool:
         # As Lightning's loggers count.
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
-    def _log_agreement(self) -> None:
-        found, self._fan.agreement = self._fan.agreement, None
+    def _log_agreement(self, found: Agreement | None) -> None:
         if found is None or not self._should_log:
             return
-        for one, name in enumerate(self._names):
-            if isinstance(self.combination, FeatureWeighting):
+        names = list(self._losses)
+        for one, name in enumerate(names):
+            if found.weights is not None:
                 self.log(f"weight/{name}", found.weights[one])
-        self._log_cosines(found.cosines)
-
-    def _log_cosines(self, cosines: Tensor) -> None:
-        for one, name in enumerate(self._names):
-            for two in range(one + 1, len(self._names)):
-                self.log(f"cosine/{name}~{self._names[two]}", cosines[one, two])
+            for two in range(one + 1, len(names)):
+                self.log(f"cosine/{name}~{names[two]}", found.cosines[one, two])
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -381,11 +333,16 @@ class MultiTask(PretrainedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the model depends on: the trunk's config and the tasks."""
         assert self.trunk is not None
+        random = {"cpu": torch.get_rng_state()}  # of dropout
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint["fulgurite_multitask"] = {
             "config": self.trunk.model.config.to_dict(),
             "objectives": {name: [own.kind, list(own.classes)] for name, own in self.objectives.items()},
-            "combination": _kept(self.combination),
-            "random": torch.get_rng_state(),  # of dropout
+            "branches": {name: type(branch).__name__ for name, branch in self.branches.items()},
+            "combination": combination_name(self.combination),
+            "combination_state": combination_state(self.combination),
+            "random": random,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -399,34 +356,38 @@ class MultiTask(PretrainedModule):
             raise InputError("This checkpoint is of no MultiTask: give the one of the run that is to go on.")
         objectives = {name: Objective(kind, tuple(classes)) for name, (kind, classes) in saved["objectives"].items()}
         if self.trunk is None:
+            self._check_branches(saved["branches"])
             config = AutoConfig.for_model(saved["config"]["model_type"]).from_dict(saved["config"])
-            self._build(objectives, base_from_config(config, self.weights))
-        elif objectives != self.objectives:
+            self._build(objectives, trunk_of_config(config, self.weights))
+            for name in [name for name in checkpoint["state_dict"] if name.startswith("combination.")]:
+                if name not in self.state_dict():  # what combined the losses of that run is not asked for
+                    del checkpoint["state_dict"][name]
+            return
+        if objectives != self.objectives:
             raise InputError(
                 f"The checkpoint is of other tasks: {', '.join(objectives)}, with their classes; here are "
                 f"{', '.join(self.objectives)}. Give the data of the run that wrote it."
             )
-        for name, value in saved["combination"].items():
-            setattr(self.combination, name, value)
+        name = combination_name(self.combination)
+        if name != saved["combination"]:
+            raise InputError(
+                f"combination={name}, but the run that wrote the checkpoint had {saved['combination']}. Give that one to go on."
+            )
+        if isinstance(self.combination, FAMO | NashMTL):
+            log.warning("%s weighs anew: what it remembers cannot be kept in a checkpoint", type(self.combination).__name__)
+        load_combination_state(self.combination, saved["combination_state"])
         self._random = saved["random"]
+
+    def _check_branches(self, saved: dict[str, str]) -> None:
+        for name, kind in saved.items():
+            here = type((self.given or {}).get(name, TransformerBranch(self.branch_layers))).__name__
+            if here != kind:
+                raise InputError(f"branches: {name!r} was a {kind}. Give load_from_checkpoint the branches of the run.")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Go on with the random numbers of the run that wrote the checkpoint; loaders that begin have drawn one meanwhile."""
-        if self._random is not None:
-            torch.set_rng_state(self._random.cpu())
-            self._random = None
-
-
-def _rows(jacobian: Tensor) -> Tensor:
-    return jacobian.flatten(1).float()
-
-
-def _kept(combination: Any) -> dict[str, Any]:
-    """Return what a combination remembers beside its parameters (DWA's averages), as plain values and tensors."""
-    plain = (int, float, bool, str, Tensor, type(None))
-    return {
-        name: value
-        for name, value in vars(combination).items()
-        if name not in vars(nn.Module())
-        and (isinstance(value, plain) or (isinstance(value, list) and all(isinstance(one, plain) for one in value)))
-    }
+        if "cpu" in self._random:
+            torch.set_rng_state(self._random["cpu"].cpu())
+        if "cuda" in self._random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._random["cuda"].cpu(), self.device)
+        self._random = {}

@@ -70,7 +70,7 @@ def plain_model(trunk: Trunk, branch: Branch, objective: Objective) -> PreTraine
     kinds: Any = {"next_token": AutoModelForCausalLM, "token": AutoModelForTokenClassification}
     build = kinds.get(objective.kind, AutoModelForSequenceClassification)
     if objective.kind == "next_token":
-        config.tie_word_embeddings = True
+        config.tie_word_embeddings = trunk.head is None
     plain: PreTrainedModel = build.from_config(config, dtype=trunk.table.dtype).eval()
     base: Any = plain.base_model
     state = trunk.model.state_dict()
@@ -87,6 +87,8 @@ def plain_model(trunk: Trunk, branch: Branch, objective: Objective) -> PreTraine
     assert not unexpected
     assert all("pooler" in name or "rotary" in name for name in missing), missing
     if objective.kind == "next_token":
+        if trunk.head is not None:
+            plain.get_output_embeddings().weight.copy_(trunk.head)
         plain.tie_weights()
         return plain
     assert branch.head is not None

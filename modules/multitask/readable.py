@@ -79,7 +79,7 @@ def _continued(
     """Write what follows a row's prompt: all before its first target, or its first half where every token is one."""
     supervised = (targets[1:length] != IGNORED).nonzero().flatten()
     begin = int(supervised[0]) + 1 if len(supervised) else length
-    prompt = begin if begin > 1 else max(1, length // 2)
+    prompt = max(1, length // 2) if targets[0] != IGNORED else begin
     ids = view["input_ids"][row : row + 1, :prompt]
     for _ in range(max_new_tokens):
         own: View = {"mask": "causal", "input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}

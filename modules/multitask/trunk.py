@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from ...errors import InputError
+from ...errors import InputError, nearest
+from ..pretrained import Dtype, check_sizes, head_weight, load_config, load_encoder, load_model, load_tokenizer
 from .objectives import Mask
 
 View = dict[str, Any]
@@ -23,15 +24,16 @@ class Trunk(nn.Module):
 
     Args:
         model: Base model, of ``AutoModel``: a decoder as Llama's, or an encoder as BERT's.
+        head: Weight that predicts tokens [vocabulary, hidden size], where a decoder has one of its own; None takes the embedding.
 
     Raises:
         InputError: If it is of an architecture that is not known.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, head: nn.Parameter | None = None) -> None:
         super().__init__()
         check_trunk(model.config)
-        self.model = model
+        self.model, self.head = model, head
         self.is_encoder = model.config.model_type in _ENCODERS
         if not self.is_encoder:
             self.last_norm: list[Any] = [model.norm]  # in a list: branches have copies of it
@@ -46,6 +48,20 @@ class Trunk(nn.Module):
     def table(self) -> nn.Parameter:
         """The embedding of the vocabulary [vocabulary, hidden size]."""
         return self.model.get_input_embeddings().weight  # type: ignore[return-value]
+
+    @property
+    def output_table(self) -> nn.Parameter:
+        """What tokens are predicted with [vocabulary, hidden size]: the embedding, or a head of its own."""
+        return self.table if self.head is None else self.head
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Length of the longest text that the model has positions for; None where it has no table of them."""
+        if not self.is_encoder:
+            return None
+        config = self.model.config
+        first = 0 if config.model_type == "bert" else config.pad_token_id + 1  # RoBERTa's kind counts behind the padding's id
+        return int(config.max_position_embeddings) - first
 
     def forward(self, view: View) -> Tensor:
         """Return the features [rows, length, hidden size] of a view.
@@ -115,18 +131,63 @@ class Trunk(nn.Module):
         ).last_hidden_state
 
 
-def check_trunk(config: Any) -> None:
+def load_trunk(source: str, dtype: Dtype, fresh: dict[str, Any] | None = None) -> Trunk:
+    """Return the trunk of a source, on the CPU.
+
+    Args:
+        source: See ``modules.pretrained``.
+        dtype: Type of the weights in memory.
+        fresh: Fields of its config to change, for random weights; None takes the model's own.
+
+    Raises:
+        InputError: If the source cannot be read or be a trunk, or ``fresh`` names a field that its config has not.
+    """
+    config = load_config(source)
+    check_trunk(config, fresh)
+    if fresh is not None:
+        config.update(fresh)
+        trunk = trunk_of_config(config, dtype)
+        check_sizes(source, trunk.model, load_tokenizer(source))
+        return trunk
+    if config.model_type in _ENCODERS:
+        return Trunk(load_encoder(source, dtype))
+    return _decoder_trunk(load_model(source, dtype))
+
+
+def trunk_of_config(config: Any, dtype: Dtype) -> Trunk:
+    """Return a trunk of random weights.
+
+    Args:
+        config: Of ``transformers``.
+        dtype: Type of the weights in memory.
+    """
+    kind = getattr(torch, dtype)
+    if config.model_type in _ENCODERS:
+        return Trunk(AutoModel.from_config(config, dtype=kind, add_pooling_layer=False))
+    return _decoder_trunk(AutoModelForCausalLM.from_config(config, dtype=kind))
+
+
+def _decoder_trunk(model: PreTrainedModel) -> Trunk:
+    base: Any = model.base_model
+    head: Any = head_weight(model)
+    return Trunk(base, None if head is model.get_input_embeddings().weight else head)
+
+
+def check_trunk(config: Any, fresh: dict[str, Any] | None = None) -> None:
     """Raise an InputError for a model that cannot be a trunk.
 
     Args:
         config: Its ``transformers`` config.
+        fresh: Fields of it to change.
     """
-    if config.model_type in (*_DECODERS, *_ENCODERS):
-        return
-    raise InputError(
-        f"source: a {config.model_type} model cannot be the shared trunk. Legal: decoders ({', '.join(_DECODERS)}) and encoders "
-        f"({', '.join(_ENCODERS)})."
-    )
+    if config.model_type not in (*_DECODERS, *_ENCODERS):
+        raise InputError(
+            f"source: a {config.model_type} model cannot be the shared trunk. Legal: decoders ({', '.join(_DECODERS)}) and "
+            f"encoders ({', '.join(_ENCODERS)})."
+        )
+    for name in fresh or {}:
+        if not hasattr(config, name):
+            raise InputError(f"fresh has {name!r}, which the model's config has not.{nearest(name, config.to_dict())}")
 
 
 def visible(mask: Mask, position_ids: Tensor, lengths: Tensor | None = None) -> Tensor:

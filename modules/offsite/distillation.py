@@ -13,8 +13,9 @@ from ..distillation.labels import LabelSettings
 from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch
 from ..linear_loss import LossParts, shift_labels
-from ..pretrained import Dtype, load_config, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from ..pretrained import Dtype, load_config, load_model, load_tokenizer, model_fingerprint
 from ..student import decoder_layers, keep_layers, layer_outputs
+from ..tokens import tokenizer_fingerprint
 from .emulator import EmulatorManifest, EmulatorSpec, digest_of, fused_layers
 
 

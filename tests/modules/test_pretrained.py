@@ -10,14 +10,12 @@ from fulgurite.modules.pretrained import (
     load_model,
     load_tokenizer,
     model_fingerprint,
-    needs_bos,
     resolve_source,
-    token_byte_lengths,
-    tokenizer_fingerprint,
 )
 from fulgurite.modules.span_attention.rules import SpanPlan, SpanRule
 from fulgurite.modules.span_attention.runtime import apply_plan, remove_plan
 from fulgurite.modules.tiny import tiny_model, tiny_tokenizer
+from fulgurite.modules.tokens import needs_bos, token_byte_lengths, tokenizer_fingerprint
 
 
 def save_tiny(folder):

@@ -69,6 +69,25 @@ def test_ranks_share_a_batch_and_resumed_runs_go_on(mixed):
     assert keys == [key for batch in whole[resumed.batches + 3 : 2 * resumed.batches] for key in batch]
 
 
+def test_shares_hold_over_many_batches():
+    shares = {"large": 0.62, "small": 0.13, "middle": 0.25}
+    found = [Counter(key[0] for key in batch) for batch in batches(sampler(shares=shares, batch_size=10), epochs=40)]
+    for name, share in shares.items():
+        assert sum(counts[name] for counts in found) / len(found) == pytest.approx(10 * share, abs=0.12)
+        assert {counts[name] for counts in found} <= {int(10 * share), int(10 * share) + 1}
+    even = batches(sampler(shares=dict.fromkeys(SIZES, 1.0), batch_size=6))
+    assert all(set(Counter(key[0] for key in batch).values()) == {2} for batch in even)
+
+
+def test_tasks_join_at_their_optimizer_step():
+    made = sampler(starts={"small": 2, "middle": 7}, accumulate=3, limit=4)  # two steps an epoch, of three batches and of one
+    assert len(made) == 4 * 6
+    steps = [2 * epoch + (place == 3) for epoch in range(5) for place in range(4)]
+    for step, batch in zip(steps, batches(made, epochs=5), strict=True):
+        tasks = {"large"} | ({"small"} if step >= 2 else set()) | ({"middle"} if step >= 7 else set())
+        assert {key[0] for key in batch} == tasks
+
+
 def test_tasks_join_at_their_batch():
     found = batches(sampler(starts={"small": 4, "middle": 9}))
     for number, batch in enumerate(found):

@@ -93,6 +93,44 @@ def test_the_first_token_of_a_word_carries_its_tag(tmp_path):
     assert found["g"] == [1]
 
 
+def test_numbers_are_classes_by_size(tmp_path):
+    rows = [{"text": f"{number}", "label": number % 11} for number in range(40)]
+    task = opened(ClassificationTask(TableRows(table(tmp_path / "a.csv", rows), val=table(tmp_path / "b.csv", rows))))
+    assert task.objectives["task"].classes == tuple(map(str, range(11)))
+
+
+def test_rows_to_predict_need_no_label_and_keep_their_order(tmp_path):
+    labelled, plain = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    rows = [{"text": f"a b{number}", "label": number % 2, "tags": "X Y", "prompt": "p", "response": "r"} for number in range(6)]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain.write_text("".join(json.dumps({"text": f"c {number}", "prompt": f"p{number}"}) + "\n" for number in range(12)))
+    data = TableRows(str(labelled), predict=str(plain), val_rows=1)
+    makes = {
+        "class": ClassificationTask(data),
+        "number": RegressionTask(data),
+        "tags": TaggingTask(data, words="text"),
+        "text": GenerationTask(data),
+    }
+    found = {name: [opened(task).example("predict", index, 0)[0] for index in range(12)] for name, task in makes.items()}
+    assert all(task.size("predict") == 12 and task.size("test") == 1 for task in makes.values())
+    for name in ("class", "number", "tags"):
+        assert [text_of(part.input_ids) for part in found[name]] == [f"c {number}" for number in range(12)]
+    assert {part.targets["task"] for part in found["class"]} == {-100}
+    assert all(np.isnan(part.targets["task"]) for part in found["number"])
+    assert [target != -100 for target in found["tags"][0].targets["task"]] == [True, True, False]
+    assert [text_of(part.input_ids) for part in found["text"]] == [f"p{number}\n" for number in range(12)]
+    assert set(found["text"][0].targets["task"]) == {-100}
+
+
+def test_of_a_long_pair_both_are_kept_and_of_a_long_prompt_its_end(tmp_path):
+    rows = [{"text": "a" * 50, "pair": "b" * 50, "label": number % 2, "response": "yes"} for number in range(6)]
+    data = TableRows(table(tmp_path / "a.csv", rows))
+    pair = opened(ClassificationTask(data, pair="pair", length=20))
+    assert text_of(pair.example("train", 0, 0)[0].input_ids) == "a" * 10 + "b" * 10
+    prompt = opened(GenerationTask(data, prompt="text", template="Q: {prompt}? A:", length=20))
+    assert text_of(prompt.example("train", 0, 0)[0].input_ids) == "a" * 12 + "? A:yes<|end|>"
+
+
 def test_only_the_response_is_learnt(tmp_path):
     rows = [{"prompt": "2+2", "response": "four"}, {"prompt": "x" * 90, "response": "y" * 90}, {"prompt": "1", "response": "one"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -144,6 +182,24 @@ def test_text_sets_its_own_tasks(texts):
         assert max(len(causal.input_ids), len(understood.input_ids)) <= 90
     assert distances == {0, 1, 2, -100}
     assert orders == {-100, *range(len(ORDERS))}
+
+
+def test_long_sentences_are_read_to_their_end(tmp_path):
+    words = [f"w{number}" for number in range(200)]
+    rows = [{"text": f"{' '.join(words)}. The end {number}."} for number in range(4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = opened(TextTask(str(tmp_path / "a.jsonl"), length=60))
+    for document in task.documents["train"]:
+        assert max(map(len, document)) <= 60 // 3 - 2
+        assert all(text_of(segment).startswith(" ") for segment in document)  # parted between words
+        assert text_of([token for segment in document for token in segment]).split()[:199] == words[:199]
+
+
+@pytest.mark.parametrize("aim", ["distance", "order"])
+def test_aims_whose_classes_cannot_occur_are_refused(tmp_path, aim):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"short {number}"}) + "\n" for number in range(9)))
+    with pytest.raises(InputError, match=f"aims has '{aim}', but train=.* has 8 documents, the longest of 1 segments"):
+        opened(TextTask(str(tmp_path / "a.jsonl"), aims=["next_words", aim]))
 
 
 def test_distance_and_order_are_true(texts):
@@ -214,6 +270,10 @@ def test_examples_depend_on_seed_and_draw_alone(texts):
         (lambda rows: ClassificationTask(TableRows(rows, train_rows=0)), "train_rows=0 holds no row"),
         (lambda rows: ClassificationTask(TableRows(rows), length=2), "length=2 holds no text"),
         (lambda rows: ClassificationTask(TableRows(rows, columns=["a"])), "2 columns, not the 1 of a"),
+        (
+            lambda rows: ClassificationTask(TableRows("hub:a/b", columns=["a"])),
+            "columns=['a']: train='hub:a/b' names its columns",
+        ),
         (lambda rows: RegressionTask(TableRows(rows)), "label='good' is no number"),
         (lambda rows: ClassificationTask(TableRows(rows, columns=["label", "text"]), text="none"), "no column text='none'"),
         (lambda rows: TaggingTask(TableRows(rows), words="text", tags="label"), "4 words, but 1 tags"),
@@ -240,6 +300,18 @@ def test_a_row_without_text_is_refused(tmp_path):
     rows = table(tmp_path / "a.csv", [*SENTIMENTS, {"text": " ", "label": "good"}])
     with pytest.raises(InputError, match="row 21: no text in the column text='text'"):
         opened(ClassificationTask(TableRows(rows)))
+
+
+def test_a_row_without_label_is_refused(tmp_path):
+    rows = table(tmp_path / "a.csv", [*SENTIMENTS, {"text": "neither", "label": ""}])
+    with pytest.raises(InputError, match="row 21: no text in the column label='label', but ''. Leave the row out"):
+        opened(ClassificationTask(TableRows(rows)))
+
+
+def test_columns_named_alike_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,text\na,b,c\n")
+    with pytest.raises(InputError, match="the column 'text' is named twice"):
+        opened(ClassificationTask(TableRows(str(tmp_path / "a.csv"))))
 
 
 def test_an_empty_file_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from fulgurite.datamodules.soft_labels.format import read_spelling, write_spelli
 from fulgurite.errors import InputError
 from fulgurite.modules.distillation import LabelSettings
 from fulgurite.modules.distillation.alignment import Spelling
-from fulgurite.modules.pretrained import tokenizer_fingerprint
+from fulgurite.modules.tokens import tokenizer_fingerprint
 from tests.vocabularies import TOKENIZERS
 
 SPELLED = {name: Spelling.of(tokenizer) for name, tokenizer in TOKENIZERS.items()}

@@ -7,8 +7,8 @@ from fulgurite.datamodules import SoftLabelDataModule
 from fulgurite.datamodules.soft_labels import SoftLabelAppender, StoreError, StoreHeader
 from fulgurite.datamodules.soft_labels.store import sequence_layout
 from fulgurite.modules.distillation import LabelSettings, SoftLabels
-from fulgurite.modules.pretrained import tokenizer_fingerprint
 from fulgurite.modules.tiny import tiny_tokenizer
+from fulgurite.modules.tokens import tokenizer_fingerprint
 
 from .test_store import sequence
 

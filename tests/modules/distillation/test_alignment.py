@@ -9,7 +9,8 @@ from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from fulgurite.modules.distillation.alignment import SpelledText, Spelling, VocabularyAlignment, shared_boundaries, tokenize
-from fulgurite.modules.pretrained import SourceError, token_bytes
+from fulgurite.modules.pretrained import SourceError
+from fulgurite.modules.tokens import token_bytes
 from tests.vocabularies import CORPUS, TOKENIZERS
 
 SPELLED = {name: token_bytes(tokenizer) for name, tokenizer in TOKENIZERS.items()}

@@ -31,6 +31,7 @@ from .small import LAYERS, batch_of, logits, model_of, text
         ({"num_hidden_layers": 9}, r"shape.num_hidden_layers=9: the model has 5. Legal: 1 to 5"),
         ({"hidden_size": 0}, r"shape.hidden_size=0: the model has 48"),
         ({"num_attention_heads": 4}, r"shape.num_attention_heads=4 cannot be divided among shape.num_key_value_heads=3"),
+        ({"hidden_size": 47}, r"saves no llama model of these sizes: .*47.* is not a multiple of the number of attention heads"),
         ({"num_attention_heads": 6, "num_key_value_heads": 2}, r"is 3 query heads for each key/value head, but the model has 2"),
         ({}, r"every size is the model's own \(num_hidden_layers=5, hidden_size=48"),
         ({"parameters": 3000}, r"shape.parameters=3,000 is too few: .* the least is [\d,]+"),

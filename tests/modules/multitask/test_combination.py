@@ -31,6 +31,11 @@ def test_projection_is_the_solution_of_its_quadratic_program(tasks, width, seed)
     )
 
 
+def test_a_gramian_that_is_not_finite_leaves_the_weights_as_they_are():
+    weights = torch.rand(2, 2)
+    assert torch.equal(LeastSquaresProjector()(weights, torch.full((2, 2), float("inf"))), weights)
+
+
 def losses_of(trunk, branches, views, rule, watch=False):
     """The losses of branches on the features of views, and the place between them."""
     fan = FanOut(rule, watch=watch)

@@ -18,7 +18,7 @@ from fulgurite.errors import InputError
 from fulgurite.experiments.cli import run
 from fulgurite.modules import FeatureWeighting, MultiTask, TransformerBranch
 from fulgurite.modules.multitask import LeastSquaresProjector
-from fulgurite.modules.pretrained import load_base
+from fulgurite.modules.multitask.trunk import load_trunk
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
 NAMES = ["text/next_words", "text/masked_words", "text/distance", "text/order", "parity"]
@@ -79,7 +79,7 @@ def test_every_combination_trains_trunk_and_branches(data, name):
     made = data()
     trainer = fit(module, made, 4, accumulate_grad_batches=2, gradient_clip_val=1.0, precision="bf16-mixed", log_every_n_steps=1)
     start = model(period=2)
-    start._build(made.objectives, load_base("random:tiny"))
+    start._build(made.objectives, load_trunk("random:tiny", "float32"))
     moved = {key for key, tensor in module.trunk.state_dict().items() if not torch.equal(tensor, start.trunk.state_dict()[key])}
     assert len(moved) == len(start.trunk.state_dict())
     found = {key for key in trainer.callback_metrics if key.startswith("val_loss/")}
@@ -126,6 +126,47 @@ def test_a_checkpoint_of_other_tasks_is_refused(data, table, tmp_path):
     other = MultiTaskDataModule({"parity": ClassificationTask(TableRows(table))}, batch_size=6)
     with pytest.raises(InputError, match="The checkpoint is of other tasks: text/next_words"):
         fit(model(), other, 2, ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_another_combination_cannot_go_on(data, tmp_path):
+    fit(model(DWA(temperature=3.0)), data(), 1).save_checkpoint(tmp_path / "one.ckpt")
+    for other in (DWA(), FeatureWeighting()):
+        with pytest.raises(InputError, match=r"combination=.*, but the run that wrote the checkpoint had DWA\(temperature=3.0\)"):
+            fit(model(other), data(), 2, ckpt_path=tmp_path / "one.ckpt")
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 7}, {"temperature": 1.0}, {"shares": {"text": 1.0, "parity": 2.0}}])
+def test_another_order_of_examples_cannot_go_on(data, tmp_path, settings):
+    trainer = Trainer(max_steps=1, enable_checkpointing=False, limit_val_batches=0, **QUIET)
+    trainer.fit(model(), data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(InputError, match="The checkpoint's data order cannot be continued"):
+        fit(model(), data(**settings), 2, ckpt_path=tmp_path / "one.ckpt")
+
+
+class Deaf(TransformerBranch):
+    """A branch of the user's own."""
+
+
+def test_a_checkpoint_is_loaded_without_its_combination_but_with_its_branches(data, tmp_path):
+    branches = {name: (Deaf if name == "parity" else TransformerBranch)() for name in NAMES}
+    module = model(UW(5), branches=branches)
+    fit(module, data(), 2).save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(InputError, match="branches: 'parity' was a Deaf. Give load_from_checkpoint the branches of the run"):
+        MultiTask.load_from_checkpoint(tmp_path / "two.ckpt")
+    fresh = {name: type(branch)() for name, branch in branches.items()}
+    loaded = MultiTask.load_from_checkpoint(tmp_path / "two.ckpt", branches=fresh)
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_texts_longer_than_an_encoders_positions_are_refused(data):
+    module = model()
+    module.trunk = load_trunk("random:tiny", "float32")
+    module._check_lengths(data())
+    module.trunk.is_encoder, module.trunk.model.config.model_type = True, "bert"
+    module.trunk.model.config.max_position_embeddings = 40
+    with pytest.raises(InputError, match="tasks.text.length=48: source='random:tiny' has positions for 40 tokens"):
+        module._check_lengths(data())
 
 
 def test_predictions_are_readable(data, tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from fulgurite.errors import InputError
 from fulgurite.modules.multitask.plain import plain_model, why_not_plain
+from fulgurite.modules.multitask.trunk import trunk_of_config
 
 from .small import DECODERS, ENCODERS, OBJECTIVES, branch_of, trunk_of, view_of
 
@@ -15,7 +16,23 @@ from .small import DECODERS, ENCODERS, OBJECTIVES, branch_of, trunk_of, view_of
     [*((kind, "next") for kind in DECODERS), *((kind, name) for kind in ENCODERS for name in ("text", "tags", "number"))],
 )
 def test_plain_model_has_the_same_numbers(tmp_path, kind, name, layers):
-    trunk, objective = trunk_of(kind), OBJECTIVES[name]
+    _check_plain(trunk_of(kind), name, layers, tmp_path)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_keeps_a_head_of_its_own(tmp_path, kind):
+    config = trunk_of(kind).model.config
+    config.tie_word_embeddings = False
+    trunk = trunk_of_config(config, "float32").eval()
+    assert trunk.head is not None
+    assert not torch.equal(trunk.output_table, trunk.table)
+    _check_plain(trunk, "next", 1, tmp_path)
+    config.tie_word_embeddings = True
+    assert trunk_of_config(config, "float32").head is None
+
+
+def _check_plain(trunk, name, layers, tmp_path):
+    objective = OBJECTIVES[name]
     branch = branch_of(trunk, objective, layers).eval()
     view = view_of(objective.mask)
     expected = branch.scores(trunk, branch.states(trunk, trunk(view), view), view)

@@ -86,3 +86,13 @@ def test_other_architectures_are_refused_by_name():
     with pytest.raises(InputError, match="a gpt2 model cannot be the shared trunk. Legal: decoders"):
         check_trunk(GPT2Config())
     assert isinstance(trunk_of("llama"), Trunk)
+
+
+def test_only_encoders_have_as_many_positions_as_their_table():
+    found = {kind: trunk_of(kind).most_tokens for kind in ("llama", "bert", "roberta")}
+    assert found == {"llama": None, "bert": 70, "roberta": 68}  # RoBERTa's first position is that behind the padding's id
+    for kind in ("bert", "roberta"):
+        trunk = trunk_of(kind)
+        assert trunk(view_of("bidirectional", length=trunk.most_tokens, padded=False)).isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            trunk(view_of("bidirectional", length=trunk.most_tokens + 1, padded=False))

@@ -1,0 +1,70 @@
+"""The gradients of several losses on the weights that they share, for aggregators of ``torchjd``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ReduceOp, all_reduce, get_world_size, is_available, is_initialized
+from torchjd.aggregation import Aggregator
+from torchjd.autojac import jac_to_grad
+
+from .combination import Agreement, gramian_cosines
+
+
+class Jacobian:
+    """Rows of gradients, one for each task, summed over the batches of an optimizer step and averaged over ranks.
+
+    Args:
+        aggregator: Of ``torchjd``: it makes one gradient of the rows.
+    """
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        self.aggregator = aggregator
+
+    def add(self, losses: dict[str, Tensor], shared: Sequence[nn.Parameter], own: nn.ModuleDict) -> None:
+        """Find the gradients of a batch's losses; those of a branch's own weights are added to its ``grad``.
+
+        Args:
+            losses: By task, the same tasks in each batch of an optimizer step.
+            shared: Weights that all tasks share.
+            own: Branch of each task.
+        """
+        rows: list[tuple[Tensor | None, ...]] = []
+        for name, loss in losses.items():
+            branch = list(own[name].parameters())
+            found = torch.autograd.grad(loss, [*shared, *branch], retain_graph=len(rows) < len(losses) - 1, allow_unused=True)
+            rows.append(found[: len(shared)])
+            for parameter, gradient in zip(branch, found[len(shared) :]):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        for parameter, *gradients in zip(shared, *rows):
+            jacobian = torch.stack([torch.zeros_like(parameter) if row is None else row for row in gradients])
+            parameter.jac = parameter.jac + jacobian if hasattr(parameter, "jac") else jacobian
+
+    def aggregate(self, shared: Sequence[nn.Parameter], own: nn.ModuleDict, *, seed: int, watch: bool) -> Agreement | None:
+        """Turn the rows into ``grad`` of the shared weights, and forget them.
+
+        Args:
+            shared: See ``add``.
+            own: See ``add``.
+            seed: Of aggregators that draw, as PCGrad does: every rank the same.
+            watch: Whether to find how the tasks agree.
+
+        Returns:
+            What was found of it, if it was asked for.
+        """
+        rows: list[Tensor] = [parameter.jac for parameter in shared]  # type: ignore[attr-defined]
+        if is_available() and is_initialized() and get_world_size() > 1:
+            for parameter in own.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            for tensor in [*rows, *(parameter.grad for parameter in own.parameters() if parameter.grad is not None)]:
+                all_reduce(tensor, ReduceOp.SUM)
+                tensor.div_(get_world_size())
+        gramian = None
+        if watch:
+            gramian = torch.stack([(flat := one.flatten(1).float()) @ flat.T for one in rows]).sum(dim=0)
+        with torch.random.fork_rng(devices=[]), torch.autocast(rows[0].device.type, enabled=False):
+            torch.manual_seed(seed)
+            weights = jac_to_grad(shared, self.aggregator)
+        return None if gramian is None else Agreement(gramian_cosines(gramian), weights)
