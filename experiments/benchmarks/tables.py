@@ -128,7 +128,9 @@ def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> li
     versions = {environment["code"] or environment["commit"] for environment in environments}
     if len(versions) > 1:
         found.append(f"results of {len(versions)} code versions ({', '.join(sorted(map(str, versions)))})")
-    if any(environment["clean"] is False for environment in environments):
+    # The sources of a changed checkout are a commit's where a clean one had the same; settings are compared below.
+    committed = {environment["code"] for environment in environments if environment["clean"]}
+    if any(environment["clean"] is False and environment["code"] not in committed for environment in environments):
         found.append("results of a checkout with uncommitted changes")
     words = {cell.name: [step.words() for step in cell.steps] for cell in plan.cells(sorted({r["run"]["seed"] for r in results}))}
     names = {f"{result['run']['variant']}-{result['run']['seed']}": result["run"]["commands"] for result in results}

@@ -80,7 +80,7 @@ def test_missing_cells_and_forgotten_variants_are_listed(bench):
     ("other", "message"),
     [
         ({"code": "l"}, "would mix results of 2 code versions"),
-        ({"clean": False}, "uncommitted changes"),
+        ({"clean": False, "code": "l"}, "uncommitted changes"),
         ({"cpu": "y"}, r"timings \(tokens_per_second\) of several machines \(x, 2 threads; y, 2 threads\)"),
     ],
 )
@@ -89,6 +89,11 @@ def test_mixtures_are_refused_unless_allowed_and_then_said(bench, other, message
     with pytest.raises(InputError, match=message):
         make_table(bench(), results)
     assert "Mixed here: " in markdown(make_table(bench(), results, mixed=True))
+
+
+def test_changes_beside_the_sources_are_no_other_code(bench):
+    text = markdown(make_table(bench(), [*TWO[:2], result("fast", 0, 2.0, clean=False)]))
+    assert "Mixed here: " not in text
 
 
 def test_machines_may_differ_where_nothing_is_timed(bench):
