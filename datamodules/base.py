@@ -69,6 +69,11 @@ class TokenDataModule(LightningDataModule):
                 "take the model's own."
             )
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a training sequence at most, before the data is set up."""
+        raise NotImplementedError(f"{type(self).__name__} cannot say how long its sequences are.")
+
     def hashes(self) -> dict[str, str]:
         """Return what results quote of the data: its hashes and the tokenizer's fingerprint."""
         return {"tokenizer": tokenizer_fingerprint(self.tokenizer)}

@@ -71,6 +71,11 @@ class InstructionDataModule(TokenDataModule):
         self.predict_split, self.max_length = predict_split, max_length
         self._content: dict[str, str] = {}
 
+    @property
+    def longest_sequence(self) -> int:
+        """See ``TokenDataModule``."""
+        return self.max_length
+
     def setup(self, stage: str | None = None) -> None:
         """Read the rows and render them."""
         if self.train_set is not None:

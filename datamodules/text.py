@@ -70,6 +70,11 @@ class TextDataModule(TokenDataModule):
         self.bos, self.append_eos, self.predict_split, self.text_field = bos, append_eos, predict_split, text_field
         self._caches: dict[str, TokenCache] = {}
 
+    @property
+    def longest_sequence(self) -> int:
+        """See ``TokenDataModule``."""
+        return self.block_size
+
     def prepare_data(self) -> None:
         """Tokenise the text into the cache."""
         for name, source in self._sources():

@@ -26,6 +26,7 @@ from ..files import write_atomic, write_json
 from ..process_group import leave_group_at_exit
 from .configs import resolve_config
 from .environment import environment
+from .estimate import show
 from .main import COMMANDS
 from .runs import DEFAULTS, flag_values, new_run_name, resolve_last
 
@@ -79,6 +80,7 @@ class FulguriteCLI(LightningCLI):
         parser.add_argument("--runs_folder", default=DEFAULTS["runs_folder"], help="Folder of all runs.")
         parser.add_argument("--experiment", default=DEFAULTS["experiment"], help="Folder of this kind of run, in runs_folder.")
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run; null takes the time.")
+        parser.add_argument("--dry_run", type=bool, default=False, help="Only say what memory and time a fit would need.")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -123,6 +125,8 @@ class FulguriteCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the Trainer, with the run's folder and TensorBoard unless the config names a logger."""
         config = self.config[self.config.subcommand]
+        if config.get("dry_run"):
+            return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         name = config.get("run") or _shared_run_name()
         folder = Path(config["runs_folder"]) / config["experiment"] / name
         config["run"] = name
@@ -157,6 +161,14 @@ class FulguriteCLI(LightningCLI):
         if self.completing and parser._subcommands_action is not None:
             for name, other in other_parsers().items():
                 parser._subcommands_action.add_subcommand(name, other, help=COMMANDS[name][1])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.config[subcommand].get("dry_run"):
+            super()._run_subcommand(subcommand)
+            return
+        if subcommand != "fit":
+            raise InputError(f"--dry_run is for fit, not for {subcommand}. Leave it out.")
+        show(self.model, self.datamodule, self.config[subcommand]["trainer"])
 
     def before_predict(self) -> None:
         """See to it that what is predicted goes somewhere."""

@@ -1,14 +1,35 @@
 """What the suite's systems share: a source, its tokenizer, an optimizer and its schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .pretrained import Dtype, load_tokenizer, resolve_source
 from .schedules import WarmupCosine
+
+
+@dataclass
+class Rehearsal:
+    """A stage of training with models of the right shapes, from which memory and time are estimated.
+
+    Args:
+        name: Of the stage.
+        models: What is held in memory; what is trained requires gradients.
+        read: Reads token ids int64 [rows, length] as training does, up to the states before the head [rows, length, hidden size].
+        optimizer: Of the stage.
+        vocabulary: Size of the head behind the states; 0 where none is trained on.
+    """
+
+    name: str
+    models: list[nn.Module]
+    read: Callable[[Tensor], Tensor]
+    optimizer: OptimizerCallable
+    vocabulary: int
 
 
 class PretrainedModule(LightningModule):
@@ -64,6 +85,14 @@ class PretrainedModule(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             settings |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """Return the stages of training, with models made of configs alone; called where tensors have no numbers.
+
+        Args:
+            data: The run's data module, which was not set up.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot say what it holds in memory.")
 
     def card_notice(self) -> str:
         """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""

@@ -3,7 +3,8 @@
 import json
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from torchmetrics.classification import BinaryCalibrationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import InputError
-from .base import PretrainedModule
+from .base import PretrainedModule, Rehearsal
 from .linear_loss import LossParts, linear_loss, shift_labels
 from .pretrained import Dtype, head_weight, load_config, load_model
 from .span_attention import NOTICE, adopt_plan, plan_of
-from .student import StudentSpec, build_student
+from .student import LayerChoice, StudentSpec, build_student
 from .tokens import token_byte_lengths
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class LanguageModel(PretrainedModule):
         head_weight(model)
         adopt_plan(model)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.model = model.train()
         if self.compile_transformer:
             model.base_model.compile()
@@ -154,6 +155,30 @@ class LanguageModel(PretrainedModule):
         if datamodule is None or not hasattr(datamodule, "calibration_batch"):
             return None
         return datamodule.calibration_batch(tokens)
+
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """See ``PretrainedModule``."""
+        yield self._rehearsal("training", self._shell(self.source.name, self.student), [])
+
+    def _shell(self, source: str, student: StudentSpec | None = None, weights: Dtype | None = None) -> PreTrainedModel:
+        """Return a model of a source's config, or its student, without the source's numbers."""
+        dtype = getattr(torch, weights or self.weights)
+        model = AutoModelForCausalLM.from_config(load_config(source), dtype=dtype, attn_implementation=self.attn_implementation)
+        if student is None:
+            return model
+        keep = student.keep_layers
+        if isinstance(keep, LayerChoice):  # which ones makes no difference
+            student = replace(student, keep_layers=list(range(keep.count)))
+        return build_student(model, student)
+
+    def _rehearsal(self, name: str, model: PreTrainedModel, others: list[PreTrainedModel]) -> Rehearsal:
+        """Return a stage that trains a model, with others that are only read."""
+        if self.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        held: list[Any] = [model.train(), *(other.requires_grad_(False) for other in others)]
+        read: Any = model.base_model
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        return Rehearsal(name, held, lambda ids: read(input_ids=ids, use_cache=False)[0], self.optimizer, vocabulary)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [batch, length, hidden size] of a packed or right-padded batch.

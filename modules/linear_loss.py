@@ -95,7 +95,7 @@ def linear_loss(
     """
     grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     device = hidden_states.device.type
-    chunk_tokens = chunk_tokens or (64 if device == "cpu" else 1024)
+    chunk_tokens = chunk_tokens or default_chunk(device)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     loss, hard, soft, agreement, confidence, correct = _LinearLoss.apply(
         hidden_states, weight, labels, soft_targets, soft_weight, chunk_tokens, dtype, grad
@@ -155,6 +155,11 @@ class _LinearLoss(torch.autograd.Function):
         return (*results, None, None, None, None, None, None)
 
 
+def default_chunk(device: str) -> int:
+    """Return the tokens whose logits exist at the same time on a kind of device."""
+    return 64 if device == "cpu" else 1024
+
+
 def linear_log_likelihood(hidden_states: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
     """Return each token's log-probability under ``softmax(hidden_states @ weight.T)`` [tokens], differentiable, in nats.
 
@@ -168,7 +173,7 @@ def linear_log_likelihood(hidden_states: Tensor, weight: Tensor, labels: Tensor,
     """
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    chunk_tokens = chunk_tokens or (64 if device == "cpu" else 1024)
+    chunk_tokens = chunk_tokens or default_chunk(device)
     return _LinearLogLikelihood.apply(hidden_states, weight, labels, chunk_tokens, dtype)
 
 

@@ -77,6 +77,11 @@ class MultiTaskDataModule(TokenDataModule):
         self.schedule: dict[str, int] = {}  # optimizer step of tasks that TaskSchedule adds
         self._opened = False
 
+    @property
+    def longest_sequence(self) -> int:
+        """See ``TokenDataModule``."""
+        return max(task.length for task in self.tasks.values())
+
     def setup(self, stage: str | None = None) -> None:
         """Read all tasks."""
         if self._opened:

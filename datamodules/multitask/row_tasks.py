@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import nearest
-from ...modules.multitask.objectives import IGNORED, Mask, Objective
+from ...modules.multitask.objectives import IGNORED, Kind, Mask, Objective
 from ...modules.tokens import needs_bos
 from ..documents import DataError
 from .tables import Row, check_table, column_of, content_hash, read_table, text_of
@@ -239,6 +239,11 @@ class RegressionTask(RowTask):
         return {**kept, "label": number}
 
     @property
+    def kinds(self) -> list[Kind]:
+        """See ``Task``."""
+        return ["number"]
+
+    @property
     def objectives(self) -> dict[str, Objective]:
         """See ``Task``."""
         return {self.name: Objective("number")}
@@ -296,6 +301,11 @@ class TaggingTask(RowTask):
             for tag in {tag for row in self.rows[split] for tag in row["tags"]} | set(self.classes):
                 if tag not in seen:
                     raise DataError(f"Task {self.name!r}: no training row has the tag {tag!r}, so that it could not be learnt.")
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """See ``Task``."""
+        return ["token"]
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -356,6 +366,11 @@ class GenerationTask(RowTask):
     def _row(self, row: Row, where: str, labelled: bool) -> Row:
         kept = {"prompt": text_of(row, self.prompt, "prompt", where)}
         return {**kept, "response": text_of(row, self.response, "response", where)} if labelled else kept
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """See ``Task``."""
+        return ["next_token"]
 
     @property
     def objectives(self) -> dict[str, Objective]:

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import nearest
-from ...modules.multitask.objectives import IGNORED, Objective
+from ...modules.multitask.objectives import IGNORED, Kind, Objective
 from ...modules.tokens import needs_bos
 from ..documents import DataError, check_documents, read_documents
 from .tasks import SPLITS, Part, Task
@@ -157,6 +157,11 @@ class TextTask(Task):
             "order": Objective("sequence", tuple("".join(str(one + 1) for one in order) for order in ORDERS)),
         }
         return {f"{self.name}/{aim}": kinds[aim] for aim in self.aims}
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """See ``Task``."""
+        return [objective.kind for objective in self.objectives.values()]
 
     def size(self, split: str) -> int:
         """See ``Task``."""

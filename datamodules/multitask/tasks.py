@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...modules.multitask.objectives import IGNORED, Mask, Objective
+from ...modules.multitask.objectives import IGNORED, Kind, Mask, Objective
 from ..documents import DataError
 
 SPLITS = ("train", "val", "test", "predict")
@@ -61,6 +61,11 @@ class Task(ABC):
     @abstractmethod
     def objectives(self) -> dict[str, Objective]:
         """What each of its branches predicts."""
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """What each branch predicts, before anything is read."""
+        return ["sequence"]
 
     @abstractmethod
     def size(self, split: str) -> int:

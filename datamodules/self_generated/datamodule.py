@@ -180,6 +180,12 @@ class SelfGeneratedCalibration(TokenDataModule):
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    @property
+    def longest_sequence(self) -> int:
+        """See ``TokenDataModule``."""
+        answer = 0 if self.supervision == "text" else self.answer_settings.max_tokens
+        return max(self.lengths) + answer
+
     def prepare_data(self) -> None:
         """Let the model answer; with several processes each writes its share, in ``setup``."""
         if self.train_set is None and self._world[1] == 1:

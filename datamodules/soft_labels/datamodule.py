@@ -124,6 +124,12 @@ class SoftLabelDataModule(TokenDataModule):
         self.store: SoftLabelStore | None = None
         self.val_store: SoftLabelStore | None = None
 
+    @property
+    def longest_sequence(self) -> int:
+        """See ``TokenDataModule``."""
+        store = SoftLabelStore(self.store_folder)
+        return max(map(store.tokens_of, store.keys))
+
     def prepare_data(self) -> None:
         """Tokenise the text, where the store needs it."""
         if self.text is not None:

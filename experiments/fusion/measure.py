@@ -132,7 +132,7 @@ def _stepper(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], checkpointing: bool
 ) -> tuple[Callable[[], None], torch.optim.Optimizer]:
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = MuonAdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
 
     def step() -> None:

@@ -1,6 +1,7 @@
 """Distillation of a student from a teacher's stored or online soft labels."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ..base import Rehearsal
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, SoftTargets, linear_log_likelihood, linear_loss, shift_labels
 from ..pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source
@@ -131,6 +133,15 @@ class SoftLabelDistillation(LanguageModel):
         super().configure_model()
         if self.model is not None and self._teacher:
             self._check_vocabulary(head_weight(self.model).shape[0], head_weight(self._teacher[0]).shape[0], "the teacher")
+
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """See ``PretrainedModule``; a teacher is held where labels are not stored."""
+        yield self._rehearsal("training", self._shell(self.source.name, self.student), self._teacher_shells(data))
+
+    def _teacher_shells(self, data: Any) -> list[PreTrainedModel]:
+        if self.teacher_source is None or getattr(data, "has_soft_labels", False):
+            return []
+        return [self._shell(self.teacher_source.name, weights=self.teacher_weights)]
 
     def _check_vocabulary(self, ours: int, size: int, whose: str) -> None:
         if size != ours:

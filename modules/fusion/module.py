@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...errors import InputError
+from ..base import Rehearsal
 from ..distillation.labels import LabelSettings
 from ..distillation.loss import Divergence, Remainder
 from ..distillation.module import SoftLabelDistillation
@@ -139,6 +141,21 @@ class FusionCompression(SoftLabelDistillation):
             self.teacher_source = None
         super().configure_model()
 
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """See ``PretrainedModule``."""
+        teachers = self._teacher_shells(data)
+        large, shape = self._shell(self.source.name), self.shape
+        for name in self.stages:
+            assert isinstance(self.start, LearnedFusion)
+            target = self.start.shape_of(name, large.config, shape)
+            fused = self.start.again(name, large, shape, list(range(target.num_hidden_layers or 0)))
+            yield replace(self._rehearsal(name, fused, [large, *teachers]), optimizer=self.operator_optimizer)
+            kind = getattr(torch, self.weights)
+            large = AutoModelForCausalLM.from_config(target.config(large.config), dtype=kind)
+        if not self.stages:
+            large = AutoModelForCausalLM.from_config(shape.config(large.config), dtype=getattr(torch, self.weights))
+        yield self._rehearsal("the small model", large, teachers)
+
     def _build(self) -> PreTrainedModel | None:
         if self._trainer is None:
             log.info("The small model is made when a Trainer brings data to measure the large one on, or a checkpoint is loaded.")
@@ -183,7 +200,7 @@ class FusionCompression(SoftLabelDistillation):
                 self._keep_layers(model)
             return
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.model = model.train()
 
     def _keep_layers(self, model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ understanding share one network; here each task has its own, by default of the t
 """
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torchjd.scalarization import DWA, FAMO, Scalarizer, Sum
 from transformers import AutoConfig, PreTrainedModel
 
 from ...errors import InputError, nearest
-from ..base import PretrainedModule
+from ..base import PretrainedModule, Rehearsal
 from ..pretrained import Dtype, load_config
-from .branches import Answer, Branch, TransformerBranch, build_branches
+from .branches import Answer, Branch, TransformerBranch, build_branches, check_names
 from .combination import (
     Agreement,
     Combination,
@@ -36,6 +37,7 @@ from .metrics import TaskMetrics
 from .objectives import Objective
 from .plain import plain_model, why_not_plain
 from .readable import readable
+from .rehearsal import rehearsal
 from .trunk import Trunk, View, check_trunk, load_trunk, trunk_of_config
 
 log = logging.getLogger(__name__)
@@ -122,9 +124,9 @@ class MultiTask(PretrainedModule):
         self._check_lengths(data)
 
     def _build(self, objectives: dict[str, Objective], trunk: Trunk) -> None:
-        self._check(objectives)
+        check_names("loss_weights", self.loss_weights, objectives)
         if self.gradient_checkpointing:
-            trunk.model.gradient_checkpointing_enable({"use_reentrant": False})
+            trunk.model.activation_checkpointing_enable({"use_reentrant": False})
         self.objectives = dict(objectives)
         self.trunk = trunk
         if not any(objective.predicts_tokens for objective in objectives.values()):
@@ -134,17 +136,15 @@ class MultiTask(PretrainedModule):
         self.metrics = nn.ModuleDict({name: TaskMetrics(objective) for name, objective in self.objectives.items()})
         self.train()
 
-    def _check(self, objectives: dict[str, Objective]) -> None:
-        for what, names in (("branches", self.given), ("loss_weights", self.loss_weights)):
-            for name in names or {}:
-                if name not in objectives:
-                    raise InputError(f"{what} has {name!r}, which is no task of the data.{nearest(name, objectives)}")
-        missing = [name for name in objectives if self.given is not None and name not in self.given]
-        if missing:
-            raise InputError(
-                f"branches has none for task {missing[0]!r}. Give one for each task of the data ({', '.join(objectives)}), or "
-                "leave branches out."
-            )
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """See ``PretrainedModule``; of a mixed batch, to which each task has brought as many texts."""
+        config = load_config(self.source.name)
+        config.update(self.fresh or {})
+        trunk = trunk_of_config(config, self.weights)
+        if self.gradient_checkpointing:
+            trunk.model.activation_checkpointing_enable({"use_reentrant": False})
+        kinds = {name: task.kinds for name, task in data.tasks.items()}
+        yield rehearsal(trunk, kinds, self.branch_layers, self.optimizer)
 
     def _check_lengths(self, data: Any) -> None:
         assert self.trunk is not None

@@ -103,7 +103,7 @@ class Trunk(nn.Module):
             count: How many; 0 leaves a decoder's last norm alone.
         """
         config = copy.deepcopy(self.model.config)
-        config.num_hidden_layers = count
+        config.num_hidden_layers, config.dtype = count, self.table.dtype
         if getattr(config, "layer_types", None):
             config.layer_types = (config.layer_types * count)[-count:] if count else []
         if self.is_encoder:
@@ -120,7 +120,7 @@ class Trunk(nn.Module):
                     continue  # a norm behind it would make of zero what it likes
                 for name in ("self_attn.o_proj", "mlp.down_proj"):
                     nn.init.zeros_(layer.get_submodule(name).weight)
-        return layers.to(self.table.device, self.table.dtype)
+        return layers.to(self.table.device)
 
     def through(self, layers: nn.Module, features: Tensor, view: View) -> Tensor:
         """Return what layers of ``new_layers`` make of features [rows, length, hidden size]."""

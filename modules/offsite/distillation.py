@@ -1,5 +1,6 @@
 """Distillation of an emulator, by the owner, while what a party will hold stays as it is."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ..base import Rehearsal
 from ..distillation.labels import LabelSettings
 from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch
@@ -90,6 +92,17 @@ class EmulatorDistillation(SoftLabelDistillation):
             self.teacher_source = None
         super().configure_model()
 
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """See ``PretrainedModule``."""
+        if self.emulator.fused is not None:
+            model = self._shell(self.emulator.fused)
+        else:
+            model = self._shell(self.source.name)
+            layers = self.emulator.layers
+            keep_layers(model, layers if isinstance(layers, list) else list(range(layers)))
+        self._freeze(model)
+        yield self._rehearsal("training", model, self._teacher_shells(data))
+
     def _build(self) -> PreTrainedModel | None:
         if self._trainer is None and self.emulator.needs_calibration:
             return None  # made when data comes, or a checkpoint is loaded
@@ -122,9 +135,11 @@ class EmulatorDistillation(SoftLabelDistillation):
 
     def _adopt(self, model: PreTrainedModel) -> None:
         super()._adopt(model)
-        layers = decoder_layers(model)
+        self._freeze(model)
+
+    def _freeze(self, model: PreTrainedModel) -> None:
         model.requires_grad_(False)
-        for layer in layers[self.emulator.identical :]:
+        for layer in decoder_layers(model)[self.emulator.identical :]:
             layer.requires_grad_(True)
 
     def loss_parts(self, batch: Batch) -> LossParts:

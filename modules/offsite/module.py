@@ -1,8 +1,9 @@
 """Offsite prefix tuning, a party's side: a prefix is learnt on an emulator, plugged in, or learnt through a split model."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ..base import Rehearsal
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, shift_labels
 from ..pretrained import Dtype, head_weight, load_model, model_fingerprint
@@ -188,6 +190,17 @@ class OffsitePrefixTuning(LanguageModel):
         elif self.prefix_settings is not None:
             self.prefix = self._new_prefix(model, self.prefix_settings)
         return model
+
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """See ``PretrainedModule``; of a split, what the party holds and the owner computes."""
+        model = self._shell(self.source.name).requires_grad_(False)
+        stage = self._rehearsal("training", model, [])
+        settings = self.prefix_settings or PrefixSettings()
+        prefix = Prefix.random(model, settings)
+        stage.models.append(prefix)
+        with plugged_in(model, prefix):
+            padding = settings.length
+            yield replace(stage, read=lambda ids: stage.read(torch.cat([ids[:, :1].expand(-1, padding), ids], dim=1)))
 
     def _meet_owner(self) -> None:
         assert self.manifest is not None

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ..base import Rehearsal
 from ..distillation.loss import FullVocabularyTargets
 from ..distillation.teacher import teacher_states
 from ..language_model import Batch, GenerationSettings, LanguageModel
@@ -145,6 +147,11 @@ class SpanPruning(LanguageModel):
         if self.budget_lengths or levels:
             self._budget(levels)
         return []
+
+    def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
+        """See ``PretrainedModule``; of the training with spans, not of the profile before."""
+        dense = [self._shell(self.source.name, weights="bfloat16")] if self.kl_weight else []
+        yield self._rehearsal("training", self._shell(self.source.name), dense)
 
     def _budget(self, levels: set[int]) -> Budget:
         lengths = set(self.budget_lengths or levels | self._longest)

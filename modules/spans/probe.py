@@ -72,7 +72,7 @@ def frozen(model: PreTrainedModel, *, checkpointed: bool) -> Iterator[None]:
     for parameter in trained:
         parameter.requires_grad_(False)
     if checkpointed and not was_on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
         layer.training = checkpointed  # of the layer itself, which asks it before it checkpoints; not of its parts
     try:
@@ -81,6 +81,6 @@ def frozen(model: PreTrainedModel, *, checkpointed: bool) -> Iterator[None]:
         for layer, mode in zip(layers, training):
             layer.training = mode
         if checkpointed and not was_on:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
         for parameter in trained:
             parameter.requires_grad_(True)

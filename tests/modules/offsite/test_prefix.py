@@ -64,7 +64,7 @@ def test_gradients_reach_every_row_and_no_weight_also_with_checkpointing(kind):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         batch = {"labels": ids, "position_ids": torch.arange(8).expand(2, -1)}
         given = behind_prefix({"input_ids": ids, **batch}, LENGTH)
         assert bool((given["labels"][:, :LENGTH] == -100).all())

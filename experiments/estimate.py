@@ -1,0 +1,289 @@
+"""What a training would need, said before anything is loaded: memory of each device, time, and bytes between devices.
+
+Models are made of their configs alone, with tensors that have shapes and no numbers; what the backward pass keeps is counted
+while a batch is read. Time comes of the operations of a step, and of how fast this machine does those of two layers of the same
+kind.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, PreTrainedModel
+
+from ..modules.base import PretrainedModule, Rehearsal
+from ..modules.linear_loss import default_chunk, linear_loss
+from ..modules.pretrained import load_config
+
+_PROBED_TOKENS = 1024
+console = Console()
+
+
+@dataclass
+class Plan:
+    """How a training would be spread, of the trainer's settings.
+
+    Args:
+        rows: Sequences a batch on each device.
+        length: Tokens of a sequence at most.
+        precision: Of the trainer.
+        devices: Of all machines together.
+        sharded: Whether weights, gradients and optimizer state are divided among them (FSDP), or each has all (DDP).
+        accumulate: Batches of an optimizer step.
+        steps: Optimizer steps; None where the trainer says none.
+    """
+
+    rows: int
+    length: int
+    precision: str
+    devices: int
+    sharded: bool
+    accumulate: int
+    steps: int | None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type of products; None where they have that of the weights."""
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+
+
+@dataclass
+class Need:
+    """What one stage of a training needs, in bytes on each device, and in operations.
+
+    Args:
+        stage: Its name.
+        trained: Parameters that are trained.
+        parameters: Parameters in memory.
+        weights: Bytes of weights.
+        gradients: Bytes of gradients, with DDP's buckets.
+        optimizer: Bytes of the optimizer's state.
+        activations: Bytes that are kept for the backward pass, with the loss's.
+        operations: Floating-point operations of a step on each device.
+        sent: Bytes that each device sends in a step.
+    """
+
+    stage: str
+    trained: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    operations: int
+    sent: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def needs(module: PretrainedModule, data: Any, plan: Plan) -> list[Need]:
+    """Return what each stage of a training needs.
+
+    Args:
+        module: The system, whose models are not loaded.
+        data: Its data module, which is not set up.
+        plan: How it is spread.
+    """
+    stay = mock.patch.object(nn.Module, "to", lambda model, *to, **settings: model)  # such tensors cannot be moved, and need not
+    with FakeTensorMode(), stay, torch.random.fork_rng(devices=[]):
+        return [_need(stage, plan, module) for stage in module.rehearsals(data)]
+
+
+def _need(stage: Rehearsal, plan: Plan, module: PretrainedModule) -> Need:
+    weights = list(dict.fromkeys(weight for model in stage.models for weight in model.parameters()))
+    trained = [weight for weight in weights if weight.requires_grad]
+    frozen = sum(map(_bytes, weights)) - sum(map(_bytes, trained))
+    with FlopCounterMode(display=False) as counter:
+        activations = _kept_for_backward(stage, plan, module)
+    optimizer = _optimizer_state(stage, trained)
+    own = sum(map(_bytes, trained))
+    share, whole = (plan.devices, _largest_layer(stage.models)) if plan.sharded else (1, 0)
+    buckets = own if plan.devices > 1 and not plan.sharded else 0
+    around = (plan.devices - 1) / plan.devices  # of what a ring sends
+    return Need(
+        stage.name,
+        sum(weight.numel() for weight in trained),
+        sum(weight.numel() for weight in weights),
+        frozen + own // share + whole,
+        own // share + whole + buckets,
+        optimizer // share,
+        activations,
+        counter.get_total_flops() * plan.accumulate,
+        int((3 if plan.sharded else 2) * around * own),
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _largest_layer(models: list[nn.Module]) -> int:
+    """Return the bytes of the largest layer, which sharding gathers as a whole."""
+    layers = [layer for model in models for own in model.modules() if isinstance(own, nn.ModuleList) for layer in own]
+    return max((sum(map(_bytes, layer.parameters())) for layer in layers), default=0)
+
+
+def _kept_for_backward(stage: Rehearsal, plan: Plan, module: PretrainedModule) -> int:
+    """Return the bytes that are kept when a batch is read, until the backward pass, which is then gone through."""
+    ids = torch.zeros(plan.rows, plan.length, dtype=torch.long)
+    with _precision("cpu", plan):
+        kept, states = _kept(stage, ids)
+        loss = states.float().sum()
+        if stage.vocabulary:
+            flat = states.flatten(0, -2)
+            head = torch.empty(stage.vocabulary, flat.shape[-1], requires_grad=True)
+            chunk = min(getattr(module, "loss_chunk_tokens", None) or default_chunk("cpu"), len(flat))
+            loss = linear_loss(flat, head, torch.zeros(len(flat), dtype=torch.long), chunk_tokens=chunk).loss
+            kept += 4 * (head.numel() + 2 * chunk * stage.vocabulary)  # the head's gradient; logits, and their gradients
+    loss.backward()
+    parts = [part for model in stage.models for part in model.modules() if isinstance(part, PreTrainedModel)]
+    checkpointed = [part for part in parts if part.is_activation_checkpointing]
+    if checkpointed:  # a layer at a time is read again
+        for model in checkpointed:
+            model.activation_checkpointing_disable()
+        with _precision("cpu", plan):
+            kept += _kept(stage, ids)[0] // int(checkpointed[0].config.num_hidden_layers)
+    return kept
+
+
+def _kept(stage: Rehearsal, ids: Tensor) -> tuple[int, Tensor]:
+    own = {tensor.untyped_storage()._cdata for model in stage.models for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = stage.read(ids)
+    return sum(found.values()), states
+
+
+def _precision(device: str, plan: Plan) -> torch.autocast:
+    return torch.autocast(device, plan.autocast or torch.bfloat16, enabled=plan.autocast is not None)
+
+
+def _optimizer_state(stage: Rehearsal, trained: list[nn.Parameter]) -> int:
+    """Return the bytes that the optimizer remembers, as it does after a step."""
+    optimizer = stage.optimizer(trained)
+    for weight in trained:
+        weight.grad = torch.empty_like(weight)
+    optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(map(_bytes, tensors))
+
+
+def operations_per_second(config: Any, plan: Plan) -> float:
+    """Measure how fast this machine trains two layers of a model, in floating-point operations a second.
+
+    Args:
+        config: The model's.
+        plan: How it is trained.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = copy.deepcopy(config.get_text_config())
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = 2, 8, None
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:2]
+    dtype = torch.bfloat16 if plan.precision == "bf16-true" else torch.float32
+    rows = max(1, min(plan.rows, _PROBED_TOKENS // plan.length))
+    with torch.random.fork_rng(devices=[]):
+        model: Any = AutoModel.from_config(small, dtype=dtype).to(device).train()
+    ids = torch.zeros(rows, plan.length, dtype=torch.long, device=device)
+
+    def step() -> None:
+        with _precision(device, plan):
+            loss = model(input_ids=ids, use_cache=False).last_hidden_state.float().mean()
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    begin = time.perf_counter()
+    step()
+    return counter.get_total_flops() / (time.perf_counter() - begin)
+
+
+def plan_of(trainer: Any, data: Any) -> Plan:
+    """Return how a training is spread.
+
+    Args:
+        trainer: Settings of the Trainer, as parsed.
+        data: The data module.
+    """
+    devices, strategy = trainer.get("devices"), trainer.get("strategy")
+    if isinstance(devices, list):
+        count = len(devices)
+    elif str(devices).lstrip("-").isdigit() and int(devices) > 0:
+        count = int(devices)
+    else:
+        count = max(1, torch.cuda.device_count())
+    kind = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", type(strategy).__name__))
+    sharded = any(word in kind.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
+    steps = trainer.get("max_steps")
+    return Plan(
+        rows=data.batch_size,
+        length=data.longest_sequence,
+        precision=str(trainer.get("precision") or "32-true"),
+        devices=count * int(trainer.get("num_nodes") or 1),
+        sharded=sharded,
+        accumulate=int(trainer.get("accumulate_grad_batches") or 1),
+        steps=steps if steps and steps > 0 else None,
+    )
+
+
+def show(module: PretrainedModule, data: Any, trainer: Any) -> list[Need]:
+    """Print what a training needs, and return it.
+
+    Args:
+        module: The system.
+        data: Its data module.
+        trainer: Settings of the Trainer, as parsed.
+    """
+    plan = plan_of(trainer, data)
+    found = needs(module, data, plan)
+    rate = operations_per_second(load_config(module.source.name), plan)
+    table = Table(title="What each device needs", title_justify="left")
+    for title in ("stage", "trained", "weights", "gradients", "optimizer", "activations", "memory", "a step", "sent a step"):
+        table.add_column(title, justify="left" if title == "stage" else "right")
+    for need in found:
+        sizes = (need.weights, need.gradients, need.optimizer, need.activations, need.memory)
+        gibibytes = [f"{size / 2**30:.2f} GiB" for size in sizes]
+        table.add_row(
+            need.stage, f"{need.trained:,}", *gibibytes, f"{need.operations / rate:.2f} s", f"{need.sent / 2**30:.2f} GiB"
+        )
+    console.print(table)
+    held = "weights divided among them" if plan.sharded else "each with all weights"
+    spread = "one device" if plan.devices == 1 else f"{plan.devices} devices, {held}"
+    longest = max(need.operations for need in found) / rate
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's processor"
+    console.print(
+        f"{plan.rows} x {plan.length} tokens a batch, {plan.accumulate} batches a step, {plan.precision}, {spread}. Time: "
+        f"without validation and the network, at the {rate / 1e9:,.0f} billion operations a second of {device}, measured on two "
+        "layers.",
+        highlight=False,
+    )
+    if plan.steps is not None:
+        console.print(f"{plan.steps:,} steps: up to {_duration(plan.steps * longest)}.", highlight=False)
+    return found
+
+
+def _duration(seconds: float) -> str:
+    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} seconds"

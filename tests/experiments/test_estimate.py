@@ -1,0 +1,144 @@
+"""What is said of a training before it starts, against the training."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from fulgurite.callbacks import TrainUntilCondition
+from fulgurite.datamodules import InstructionDataModule, MultiTaskDataModule, TextDataModule, TextTask
+from fulgurite.errors import InputError
+from fulgurite.experiments.cli import run
+from fulgurite.experiments.estimate import Plan, needs
+from fulgurite.modules import (
+    EmulatorDistillation,
+    FusionCompression,
+    LanguageModel,
+    MultiTask,
+    OffsitePrefixTuning,
+    SoftLabelDistillation,
+    SpanPruning,
+)
+from fulgurite.modules.fusion import FusionShape, LearnedFusion
+from fulgurite.modules.offsite import EmulatorSpec, PrefixSettings
+from fulgurite.modules.student import LayerChoice, StudentSpec
+
+PLAN = Plan(rows=2, length=32, precision="32-true", devices=1, sharded=False, accumulate=1, steps=None)
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+
+@pytest.fixture
+def data(long_documents):
+    return TextDataModule(long_documents, block_size=32, batch_size=2, val_fraction=0.2)
+
+
+def trained_by(module, data):
+    """The trainable parameters of each stage of a real training."""
+    found = []
+
+    class Count(TrainUntilCondition):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            shared = {id(weight): weight.numel() for weight in pl_module.parameters() if weight.requires_grad}
+            if not found or found[-1] != sum(shared.values()):
+                found.append(sum(shared.values()))
+
+    Trainer(max_steps=4, accelerator="cpu", callbacks=[Count(max_steps=1)], **QUIET).fit(module, data)
+    return found
+
+
+SYSTEMS = {
+    "model": lambda: LanguageModel("random:tiny"),
+    "student": lambda: LanguageModel("random:tiny", student=StudentSpec(keep_layers=LayerChoice(2))),
+    "fresh": lambda: LanguageModel("random:tiny", student=StudentSpec(fresh={"num_hidden_layers": 1, "hidden_size": 64})),
+    "distillation": lambda: SoftLabelDistillation("random:tiny", teacher="random:tiny"),
+    "emulator": lambda: EmulatorDistillation("random:tiny", emulator=EmulatorSpec(layers=3, identical=1)),
+    "prefix": lambda: OffsitePrefixTuning("random:tiny", prefix=PrefixSettings(length=4)),
+    "key-value prefix": lambda: OffsitePrefixTuning("random:tiny", prefix=PrefixSettings("key_values", 4)),
+    "fusion": lambda: FusionCompression(
+        "random:tiny",
+        shape=FusionShape(num_hidden_layers=2, intermediate_size=48),
+        start=LearnedFusion(calibration_tokens=64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_is_trained_is_what_was_said(data, name):
+    expected = trained_by(SYSTEMS[name](), data)
+    found = needs(SYSTEMS[name](), data, PLAN)
+    assert [need.trained for need in found] == expected
+    for need in found:
+        assert need.gradients == 4 * need.trained
+        assert need.optimizer == pytest.approx(2 * need.gradients, rel=0.05) or name == "fusion"
+        assert need.activations > 0
+        assert need.operations > 0
+        assert need.memory == need.weights + need.gradients + need.optimizer + need.activations
+
+
+def test_other_systems_say_it_too(long_documents, data):
+    tasks = MultiTaskDataModule({"text": TextTask(long_documents, length=48)}, batch_size=4)
+    (several,) = needs(MultiTask("random:tiny"), tasks, PLAN)
+    assert trained_by(MultiTask("random:tiny"), tasks) == [pytest.approx(several.trained, rel=0.01)]  # but for classes
+    (spans,) = needs(SpanPruning("random:tiny", kl_weight=0.5), data, PLAN)
+    (dense,) = needs(LanguageModel("random:tiny"), data, PLAN)
+    assert spans.weights == dense.weights * 3 // 2  # the dense model in bf16
+
+
+def test_activations_are_those_that_autograd_keeps(data):
+    (need,) = needs(LanguageModel("random:tiny"), data, PLAN)
+    module = LanguageModel("random:tiny")
+    module.configure_model()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = module.model.base_model(input_ids=torch.zeros(2, 32, dtype=torch.long), use_cache=False)[0]
+    assert states.requires_grad
+    head = module.model.get_input_embeddings().weight
+    of_the_loss = 4 * (head.numel() + 2 * 64 * len(head))
+    assert need.activations == pytest.approx(sum(kept.values()) + of_the_loss, rel=0.1)
+
+
+def test_checkpoints_keep_less_and_compute_more(data):
+    (whole,), (less,) = (needs(LanguageModel("random:tiny", gradient_checkpointing=on), data, PLAN) for on in (False, True))
+    assert less.activations < 0.6 * whole.activations
+    assert less.operations > 1.2 * whole.operations
+    assert less.weights == whole.weights
+
+
+def test_devices_share_or_repeat(data):
+    one, each, shared = (
+        needs(LanguageModel("random:tiny"), data, Plan(2, 32, "bf16-mixed", devices, sharded, 1, None))[0]
+        for devices, sharded in ((1, False), (4, False), (4, True))
+    )
+    assert each.weights == one.weights
+    assert each.gradients == 2 * one.gradients  # and the buckets
+    assert (one.sent, each.sent, shared.sent) == (0, int(1.5 * one.weights), int(2.25 * one.weights))
+    assert shared.optimizer == one.optimizer // 4
+    assert one.weights / 4 < shared.weights < one.weights
+
+
+def test_the_command_says_it_and_leaves_nothing(tmp_path, monkeypatch, capsys, long_documents):
+    monkeypatch.chdir((tmp_path / "work").mkdir() or tmp_path / "work")
+    words = ["fit", "-c", "language_model/finetune", "--model.source=random:tiny", f"--data.train={long_documents}"]
+    monkeypatch.setattr("fulgurite.experiments.estimate.console.width", 160)
+    run([*words, "--trainer.max_steps=100", "--trainer.devices=8", "--trainer.strategy=fsdp", "--dry_run=true"])
+    said = capsys.readouterr().out
+    assert "8 devices, weights divided among them" in said
+    assert "100 steps: up to" in said
+    assert not list((tmp_path / "work").iterdir())
+    with pytest.raises(InputError, match="--dry_run is for fit, not for validate"):
+        run(["validate", *words[1:], "--dry_run=true"])
+
+
+def test_instructions_are_as_long_as_they_may_be(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    data = InstructionDataModule(str(tmp_path / "a.jsonl"), max_length=77)
+    assert data.longest_sequence == 77
