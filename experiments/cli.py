@@ -168,7 +168,7 @@ class FulguriteCLI(LightningCLI):
             return
         if subcommand != "fit":
             raise InputError(f"--dry_run is for fit, not for {subcommand}. Leave it out.")
-        show(self.model, self.datamodule, self.config[subcommand]["trainer"])
+        self.plan, self.needs = show(self.model, self.datamodule, self.config[subcommand]["trainer"])
 
     def before_predict(self) -> None:
         """See to it that what is predicted goes somewhere."""

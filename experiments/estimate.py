@@ -7,7 +7,7 @@ kind.
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +23,7 @@ from ..modules.base import PretrainedModule, Rehearsal
 from ..modules.linear_loss import default_chunk, linear_loss
 from ..modules.pretrained import load_config
 
-_PROBED_TOKENS = 1024
+_PROBED_OPERATIONS = {"cpu": 2 * 10**11, "cuda": 2 * 10**13}  # some seconds, or less
 console = Console()
 
 
@@ -69,6 +69,7 @@ class Need:
         activations: Bytes that are kept for the backward pass, with the loss's.
         operations: Floating-point operations of a step on each device.
         sent: Bytes that each device sends in a step.
+        seconds: Of a step's operations, on this machine; 0 where that was not measured.
     """
 
     stage: str
@@ -80,6 +81,7 @@ class Need:
     activations: int
     operations: int
     sent: int
+    seconds: float = 0.0
 
     @property
     def memory(self) -> int:
@@ -199,10 +201,12 @@ def operations_per_second(config: Any, plan: Plan) -> float:
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:2]
     dtype = torch.bfloat16 if plan.precision == "bf16-true" else torch.float32
-    rows = max(1, min(plan.rows, _PROBED_TOKENS // plan.length))
     with torch.random.fork_rng(devices=[]):
         model: Any = AutoModel.from_config(small, dtype=dtype).to(device).train()
-    ids = torch.zeros(rows, plan.length, dtype=torch.long, device=device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens = min(plan.rows * plan.length, max(64, _PROBED_OPERATIONS[device] // (6 * parameters)))
+    length = min(plan.length, tokens)
+    ids = torch.zeros(tokens // length, length, dtype=torch.long, device=device)
 
     def step() -> None:
         with _precision(device, plan):
@@ -246,8 +250,8 @@ def plan_of(trainer: Any, data: Any) -> Plan:
     )
 
 
-def show(module: PretrainedModule, data: Any, trainer: Any) -> list[Need]:
-    """Print what a training needs, and return it.
+def show(module: PretrainedModule, data: Any, trainer: Any) -> tuple[Plan, list[Need]]:
+    """Print what a training needs, and return how it is spread and what each stage needs.
 
     Args:
         module: The system.
@@ -255,21 +259,19 @@ def show(module: PretrainedModule, data: Any, trainer: Any) -> list[Need]:
         trainer: Settings of the Trainer, as parsed.
     """
     plan = plan_of(trainer, data)
-    found = needs(module, data, plan)
     rate = operations_per_second(load_config(module.source.name), plan)
+    found = [replace(need, seconds=need.operations / rate) for need in needs(module, data, plan)]
     table = Table(title="What each device needs", title_justify="left")
     for title in ("stage", "trained", "weights", "gradients", "optimizer", "activations", "memory", "a step", "sent a step"):
         table.add_column(title, justify="left" if title == "stage" else "right")
     for need in found:
         sizes = (need.weights, need.gradients, need.optimizer, need.activations, need.memory)
         gibibytes = [f"{size / 2**30:.2f} GiB" for size in sizes]
-        table.add_row(
-            need.stage, f"{need.trained:,}", *gibibytes, f"{need.operations / rate:.2f} s", f"{need.sent / 2**30:.2f} GiB"
-        )
+        table.add_row(need.stage, f"{need.trained:,}", *gibibytes, f"{need.seconds:.2f} s", f"{need.sent / 2**30:.2f} GiB")
     console.print(table)
     held = "weights divided among them" if plan.sharded else "each with all weights"
     spread = "one device" if plan.devices == 1 else f"{plan.devices} devices, {held}"
-    longest = max(need.operations for need in found) / rate
+    longest = max(need.seconds for need in found)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's processor"
     console.print(
         f"{plan.rows} x {plan.length} tokens a batch, {plan.accumulate} batches a step, {plan.precision}, {spread}. Time: "
@@ -279,7 +281,7 @@ def show(module: PretrainedModule, data: Any, trainer: Any) -> list[Need]:
     )
     if plan.steps is not None:
         console.print(f"{plan.steps:,} steps: up to {_duration(plan.steps * longest)}.", highlight=False)
-    return found
+    return plan, found
 
 
 def _duration(seconds: float) -> str:

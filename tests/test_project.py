@@ -87,7 +87,7 @@ def test_constraints_satisfy_the_ranges():
     extras = PROJECT["project"]["optional-dependencies"]
     for text in [
         *PROJECT["project"]["dependencies"],
-        *sum((extras[name] for name in ("dev", "data", "report", "spans", "sweep", "eval")), []),
+        *sum((extras[name] for name in ("dev", "docs", "data", "report", "spans", "sweep", "eval", "offsite")), []),
     ]:
         requirement = Requirement(text)
         version = pinned[canonicalize_name(requirement.name)]

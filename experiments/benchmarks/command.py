@@ -33,7 +33,7 @@ def benchmark(
     when it is started again; a cell that was interrupted has left no result.
 
     Args:
-        name: Name of the benchmark: ``distillation``, ``distillation/speed``.
+        name: Name of the benchmark (``distillation``, ``distillation/speed``), or a YAML file of your own.
         scale: ``cpu``, ``gpu``, or ``smoke`` to try everything on a tiny model in a minute. Results of ``smoke`` go to the work
             folder, never among the committed ones.
         seeds: Seeds for every variant, separated by commas; null takes the benchmark's own.
@@ -49,7 +49,7 @@ def benchmark(
         raise InputError(f"--workers {workers} runs nothing. Legal: 1 or more.")
     plan = load_benchmark(name, scale, data=data, settings=set)
     jobs = plan.jobs(_integers("--seeds", seeds), None if only is None else only.split(","))
-    folder = Path(work or Path("runs", "benchmark", name, scale))
+    folder = Path(work or Path("runs", "benchmark", plan.name, scale))
     results = folder / "results" if scale == SMOKE else plan.results
     if set:
         mark = hashlib.sha256(json.dumps(sorted(set.items())).encode()).hexdigest()[:8]

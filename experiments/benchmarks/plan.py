@@ -92,16 +92,20 @@ class Benchmark:
         scale: Name of the scale.
         spec: The YAML's content.
         constants: Settings of the scale that stand in braces elsewhere; ``data`` among them.
+        file: The YAML, where it is the user's own.
     """
 
     name: str
     scale: str
     spec: dict[str, Any]
     constants: dict[str, str] = field(default_factory=dict)
+    file: Path | None = None
 
     @property
     def results(self) -> Path:
-        """Folder of the committed results of this scale."""
+        """Folder of the results of this scale: the committed ones, or beside the user's own YAML."""
+        if self.file is not None:
+            return self.file.parent / f"{self.file.stem}-results" / self.scale
         method, _, part = self.name.partition("/")
         return EXPERIMENTS.joinpath(method, "results", *([part] if part else []), self.scale)
 
@@ -162,6 +166,8 @@ class Benchmark:
             "products": [order[name].fingerprint for name in job.needs],
             "code": code_version(),
         }
+        if self.file is not None:  # methods of the user's own lie beside it
+            content["own"] = {path.name: _hash(path) for path in sorted(self.file.parent.glob("*.py"))}
         job.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def _data_hashes(self, job: Job) -> dict[str, str]:
@@ -250,10 +256,10 @@ def available() -> dict[str, Path]:
 def load_benchmark(
     name: str, scale: str = "cpu", *, data: str | None = None, settings: dict[str, Any] | None = None
 ) -> Benchmark:
-    """Read a packaged benchmark.
+    """Read a benchmark.
 
     Args:
-        name: Its name.
+        name: Its name, or a YAML file of your own.
         scale: One of its scales.
         data: Folder that ``{data}`` stands for; None takes ``shared/data`` beside the checkout.
         settings: Other values for settings of the scale.
@@ -262,9 +268,13 @@ def load_benchmark(
         InputError: If the name, the scale or a setting is unknown, or the YAML has a wrong entry.
     """
     found = available()
-    if name not in found:
+    own = Path(name) if name.endswith((".yaml", ".yml")) else None
+    if own is None and name not in found:
         raise InputError(f"{name!r} is no benchmark.{nearest(name, found)}")
-    path = found[name]
+    if own is not None and not own.is_file():
+        raise InputError(f"{name!r} is no file. Legal: a YAML file of your own, or {', '.join(found)}.")
+    path = own or found[name]
+    name = own.stem if own else name
     try:
         spec = yaml.safe_load(path.read_text("utf-8"))
         jsonschema.validate(spec, SCHEMA)
@@ -279,7 +289,7 @@ def load_benchmark(
         if key not in constants:
             raise InputError(f"--set.{key}: scale {scale!r} of benchmark {name!r} has no such setting.{nearest(key, constants)}")
         constants[key] = str(value)
-    return Benchmark(name, scale, spec, {**constants, "data": str(data_folder(data))})
+    return Benchmark(name, scale, spec, {**constants, "data": str(data_folder(data))}, own)
 
 
 @cache

@@ -89,12 +89,12 @@ def report(
     """Print a benchmark's table. Without a name, ``report --write`` fills the tables and pictures of README.md and docs/.
 
     Args:
-        name: Name of the benchmark.
+        name: Name of the benchmark, or a YAML file of your own.
         format: ``markdown``, ``latex`` (booktabs) or ``csv`` (unrounded).
         scale: Scale of the results.
         plot: Also write the benchmark's plots into this folder, as PNG and SVG.
         mixed: Allow results of several code versions and timings of several machines; the table says so.
-        results: Folder of the results; null takes the committed ones.
+        results: Folder of the results; null takes the committed ones, or those beside your own YAML.
     """
     plan = load_benchmark(name, scale)
     if results is not None and not Path(results).is_dir():
@@ -105,7 +105,7 @@ def report(
         return
     for key in plan.spec["report"].get("plots", {}):
         for kind in ("svg", "png"):
-            write_atomic(Path(plot) / f"{name.replace('/', '-')}-{key}.{kind}", draw(plan, found, key, kind))
+            write_atomic(Path(plot) / f"{plan.name.replace('/', '-')}-{key}.{kind}", draw(plan, found, key, kind))
 
 
 def main(arguments: list[str]) -> None:

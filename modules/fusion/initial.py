@@ -70,7 +70,7 @@ def initial_operators(
         folded: Whether what is kept of a width makes up for the rest by least squares.
     """
     config = model.config
-    size = head_dim(config)
+    size, measured = head_dim(config), statistics is not None
     cut_neurons = shape.intermediate_size != config.intermediate_size
     cut_heads = (shape.num_attention_heads, shape.num_key_value_heads) != (
         config.num_attention_heads,
@@ -81,11 +81,11 @@ def initial_operators(
         own: dict[str, nn.Module] = {}
         if cut_neurons:
             read = _reading(layer, DOWN, kept.neurons, "activations", place, statistics if folded else None, held_out)
-            own["neurons"], own["activations"] = _pair(kept.neurons, read, forms.neurons, forms.block_size, folded)
+            own["neurons"], own["activations"] = _pair(kept.neurons, read, forms.neurons, forms.block_size, folded, measured)
         if cut_heads:
             heads, groups = _dimensions(kept.heads, size), _dimensions(kept.groups, size)
             read = _reading(layer, OUTPUT, heads, "attended", place, statistics if folded else None, held_out)
-            _, own["attended"] = _pair(heads, read, forms.heads, forms.block_size, folded)
+            _, own["attended"] = _pair(heads, read, forms.heads, forms.block_size, folded, measured)
             if forms.heads == "frozen":
                 own["query"], own["key"] = Selection(heads, read.shape[1]), Selection(groups, config.num_key_value_heads * size)
                 own["value"] = Selection(groups, config.num_key_value_heads * size)
@@ -135,15 +135,15 @@ def _reading(
     return fold(kept, weight, getattr(statistics, what)[place], other)
 
 
-def _pair(kept: Tensor, read: Tensor, form: Form, block_size: int, folded: bool) -> tuple[nn.Module, nn.Module]:
-    """Return the operators on what writes a width and on what reads it."""
+def _pair(kept: Tensor, read: Tensor, form: Form, block_size: int, folded: bool, measured: bool) -> tuple[nn.Module, nn.Module]:
+    """Return the operators on what writes a width and on what reads it; where nothing was measured, blocks in any order."""
     large = read.shape[1]
     if form == "dense":
         return Dense(_one_hot(kept, large)), Dense(read)
     if form == "frozen":
         return Selection(kept, large), Dense(read).requires_grad_(False) if folded else Selection(kept, large)
     blocks = _blocks(len(kept), large, block_size)
-    small_order, large_order = _block_orders(kept, read, blocks)
+    small_order, large_order = _block_orders(kept, read, blocks) if measured else (torch.arange(len(kept)), torch.arange(large))
     return tuple(BlockLocal(matrix, small_order, large_order, blocks) for matrix in (_one_hot(kept, large), read))  # type: ignore[return-value]
 
 
