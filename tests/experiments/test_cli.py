@@ -57,8 +57,10 @@ def inputs(tmp_path, text_file, documents_file, offsite):
     return {
         "distillation/capture": [*text, "--trainer.callbacks.store=others"],
         "distillation/student": [*student, "--data.store=labels"],
+        "distillation/large": [*student, "--data.store=labels", "--trainer.strategy=auto"],
         "distillation/online": [*student, *text, "--model.teacher=random:tiny"],
         "fusion/compress": [*text, '--model.shape={"num_hidden_layers": 3}'],
+        "fusion/large": [*text, '--model.shape={"num_hidden_layers": 3}', "--trainer.strategy=auto"],
         "gradient_pruning/train": [*text, "--trainer.max_epochs=1"],
         "language_model/finetune": text,
         "language_model/instruct": [f"--data.train={rows}"],

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from transformers import Qwen2Config
 
 from fulgurite.callbacks import TrainUntilCondition
 from fulgurite.datamodules import InstructionDataModule, MultiTaskDataModule, TextDataModule, TextTask
@@ -136,6 +137,34 @@ def test_the_command_says_it_and_leaves_nothing(tmp_path, monkeypatch, capsys, l
     assert not list((tmp_path / "work").iterdir())
     with pytest.raises(InputError, match="--dry_run is for fit, not for validate"):
         run(["validate", *words[1:], "--dry_run=true"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes", "layers"),
+    [
+        (
+            "fusion/large",
+            {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2},
+            36,
+        ),
+        ("distillation/large", {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28}, 28),
+    ],
+)
+def test_large_configs_fit_on_gpus_of_80_gigabytes(tmp_path, monkeypatch, long_documents, name, sizes, layers):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fulgurite.experiments.estimate.operations_per_second", lambda config, plan: 1e14)
+    tied = name.startswith("fusion")
+    config = Qwen2Config(
+        vocab_size=151936, num_hidden_layers=layers, tie_word_embeddings=tied, **{"num_key_value_heads": 4, **sizes}
+    )
+    config.save_pretrained(tmp_path / "large")
+    words = ["fit", "-c", name, f"--model.source={tmp_path / 'large'}", "--trainer.devices=8", "--dry_run=true"]
+    if name == "distillation/large":  # a store as long as its sequences
+        words += ["--data=TextDataModule", "--data.block_size=2048"]
+    needs = run([*words, f"--data.train={long_documents}"]).needs
+    assert max(need.memory for need in needs) < 75 * 2**30
+    assert needs[-1].trained > 2 * 10**9
 
 
 def test_instructions_are_as_long_as_they_may_be(tmp_path):
