@@ -43,6 +43,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     begin = time.time()
     places = dict(job["places"])
+    names = [step["name"] for step in job["steps"]]
+    trained = names.index("train") if "train" in names else 0
     records = []
     for number, step in enumerate(job["steps"]):
         noted = folder / f"{number}-{step['name']}.json"
@@ -51,11 +53,14 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             print(f"== {step['name']}", flush=True)
             write_json(noted, _run_step(step, [fill(word, places, "command") for word in step["words"]], folder))
         records.append(json.loads(noted.read_text("utf-8")))
-        if number == 0:
-            places["model"] = str(folder / step["name"] / "export")
-    first, *evaluations = records
+        if number <= trained:  # the names of what was before, and then of what was trained
+            place = "model" if number == trained else step["name"]
+            places[place] = str(folder / step["name"] / (step["gives"] or "export"))
+    first, evaluations = records[trained], records[trained + 1 :]
+    tokens = [record["cost"]["tokens"] for record in records[: trained + 1] if "tokens" in record["cost"]]
     cost = {
         **first["cost"],
+        **({"tokens": sum(tokens)} if tokens else {}),
         "seconds": begin - job["begun"] + sum(record["seconds"] for record in records),
         "evaluation_seconds": sum(record["seconds"] for record in evaluations),
     }

@@ -214,7 +214,7 @@ class Grid:
             "code": code_version(),
             "begun": time.time(),
             "steps": [
-                {"name": s.name, "command": s.command, "words": s.words(), "metrics": s.metrics, "curves": s.curves}
+                {"words": s.words(), **{key: getattr(s, key) for key in ("name", "command", "metrics", "curves", "gives")}}
                 for s in job.steps
             ],
             "run": {

@@ -7,7 +7,7 @@ result file. A *product* (an adapted teacher, a label store) is made once and us
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,7 @@ class Step:
         settings: Overrides by dotted key; products and folders stand in braces.
         metrics: {name in the result: name that the command gives}; None keeps all that ``measure`` gives.
         curves: Logged scalars that are kept for every step.
+        gives: What later steps take of it, as a path in its folder, where they may.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Step:
     settings: dict[str, Any]
     metrics: dict[str, str] | None
     curves: list[str]
+    gives: str | None = None
 
     def words(self) -> list[str]:
         """Return the words of the command line, places still in braces."""
@@ -199,15 +201,19 @@ class Benchmark:
             common = {key: value for key, value in common.items() if key != "config"}
         own = {**common, **entry, "set": {**common.get("set", {}), **entry.get("set", {})}}
         let = {**common.get("let", {}), **entry.get("let", {})}
-        step = self._step("train", own, let)
-        if step.command in ("fit", "validate", "test", "predict"):
-            step.settings = {"seed_everything": seed, **step.settings}
-        elif step.command == "measure":
-            step.settings = {"seed": seed, **step.settings}
-        steps = [step] + [self._step(name, part, let) for name, part in self.spec.get("evaluations", {}).items()]
-        for evaluation in steps[1:]:
-            if evaluation.command == "measure":
-                evaluation.settings = {"seed": seed, **evaluation.settings}
+        before = entry.get("before", {})
+        training = [
+            *(self._step(name, part, let, before) for name, part in before.items()),
+            self._step("train", own, let, before),
+        ]
+        for step in training:
+            if step.command in ("fit", "validate", "test", "predict"):
+                step.settings = {"seed_everything": seed, **step.settings}
+        evaluations = [self._step(name, part, let, before) for name, part in self.spec.get("evaluations", {}).items()]
+        steps = [*training, *evaluations]
+        for step in steps:
+            if step.command == "measure":
+                step.settings = {"seed": seed, **step.settings}
         disk = entry.get("disk")
         if disk is not None and disk not in products:
             raise InputError(
@@ -216,10 +222,10 @@ class Benchmark:
         needs = [name for name in products if name == disk or name in self._needs(steps)]
         return Job(f"{variant}-{seed}", steps, needs, variant=variant, title=entry["title"], seed=seed, disk=disk)
 
-    def _step(self, name: str, entry: dict[str, Any], let: dict[str, Any]) -> Step:
+    def _step(self, name: str, entry: dict[str, Any], let: dict[str, Any], before: Iterable[str] = ()) -> Step:
         command = entry.get("command", "fit")
         where = f"benchmark {self.name!r}, {name}"
-        places = {key: "{" + key + "}" for key in ("data", "run", "model", *self.spec.get("products", {}))}
+        places = {key: "{" + key + "}" for key in ("data", "run", "model", *before, *self.spec.get("products", {}))}
         places |= {key: value for key, value in self.constants.items() if key != "data"}
         for key, value in let.items():
             places[key] = fill(str(value), places, f"{where}, let: {key}")
@@ -238,7 +244,16 @@ class Benchmark:
         metrics = None if command == "measure" and "metrics" not in entry else entry.get("metrics", {})
         if metrics is not None:
             metrics = {key: fill(source, places, f"{where}, metrics: {key}") for key, source in metrics.items()}
-        return Step(name, command, entry.get("config"), entry.get("function"), settings, metrics, entry.get("curves", []))
+        return Step(
+            name,
+            command,
+            entry.get("config"),
+            entry.get("function"),
+            settings,
+            metrics,
+            entry.get("curves", []),
+            entry.get("gives"),
+        )
 
     def _needs(self, steps: list[Step]) -> list[str]:
         used = {match for step in steps for word in step.words() for match in _PLACE.findall(word)}

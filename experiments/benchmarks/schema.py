@@ -43,6 +43,7 @@ SCHEMA = _mapping(
                     "disk": {"type": "string"},
                     "group": {"type": "string"},
                     "let": _SETTINGS,
+                    "before": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command")),
                 },
                 "title",
             )

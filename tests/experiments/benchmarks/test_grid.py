@@ -49,6 +49,26 @@ def test_cells_are_run_once_and_a_failed_one_does_not_stop_the_rest(bench, text_
     assert next(plan.results.glob("*.json")).stat().st_mtime_ns == before
 
 
+def test_trainings_before_another_have_its_seed_and_give_what_they_exported(bench, text_file):
+    def change(spec):
+        first = {key: value for key, value in spec["common"]["set"].items() if key != "model.source"}
+        entry = {"command": "fit", "config": "language_model/finetune", "set": {**first, "model.source": "random:tiny"}}
+        second = {**entry, "set": {**entry["set"], "model.source": "{first}"}}
+        spec["variants"] = {"third": {"title": "three", "seeds": [1], "before": {"first": entry, "second": second}}}
+        spec["common"]["let"] = {"start": "{second}"}
+        del spec["products"]
+
+    plan = bench(change)
+    main(["benchmark", "method", f"--data={text_file.parent}"])
+    (found,) = load_results(plan.results)
+    commands = [dict(word.removeprefix("--").split("=", 1) for word in words[3:]) for words in found["run"]["commands"]]
+    assert [command["model.source"] for command in commands] == ["random:tiny", "{first}", "{second}", "{model}"]
+    assert [command.get("seed_everything") for command in commands] == ["1", "1", "1", None]
+    assert found["environment"]["models"].keys() == {"first", "second", "train", "held-out"}
+    assert len(set(found["environment"]["models"].values())) == 3  # what is evaluated is what was trained last
+    assert found["cost"]["tokens"] == 3 * 1280
+
+
 def test_a_metric_that_is_not_produced_is_refused_by_name(bench, text_file, capsys):
     def change(spec):
         spec["variants"].pop("slow")
