@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that a bare class name is enough on the command line and in configs.
 from .. import callbacks, datamodules, modules  # noqa: F401
@@ -140,7 +141,12 @@ class FulguriteCLI(LightningCLI):
                 f"--run {name!r}: {folder} holds a run already and is left as it is. Go on with it by --ckpt_path last, or "
                 "give another name."
             )
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"trainer: {str(error).strip().splitlines()[0]}") from error
         trainer.callbacks.insert(0, self.token_rate)  # type: ignore[attr-defined]
         return trainer
 

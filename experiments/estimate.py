@@ -6,12 +6,14 @@ kind.
 """
 
 import copy
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -19,12 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedModel
 
+from ..errors import InputError, nearest
 from ..modules.base import PretrainedModule, Rehearsal
 from ..modules.linear_loss import default_chunk, linear_loss
 from ..modules.pretrained import load_config
 
 _PROBED_OPERATIONS = {"cpu": 2 * 10**11, "cuda": 2 * 10**13}  # some seconds, or less
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 @dataclass
@@ -230,12 +233,17 @@ def plan_of(trainer: Any, data: Any) -> Plan:
         data: The data module.
     """
     devices, strategy = trainer.get("devices"), trainer.get("strategy")
-    if isinstance(devices, list):
+    if isinstance(devices, list) and devices:
         count = len(devices)
-    elif str(devices).lstrip("-").isdigit() and int(devices) > 0:
+    elif str(devices) in ("auto", "-1", "None"):
+        count = max(1, torch.cuda.device_count())
+    elif str(devices).isdigit() and int(devices):
         count = int(devices)
     else:
-        count = max(1, torch.cuda.device_count())
+        raise InputError(f"trainer.devices={devices!r} is no number of devices. Legal: 1 or more, a list of them, -1 or auto.")
+    known = [*StrategyRegistry.available_strategies(), "auto"]
+    if isinstance(strategy, str) and strategy not in known:
+        raise InputError(f"trainer.strategy={strategy!r} is unknown.{nearest(strategy, known)}")
     kind = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", type(strategy).__name__))
     sharded = any(word in kind.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
     steps = trainer.get("max_steps")
@@ -259,6 +267,8 @@ def show(module: PretrainedModule, data: Any, trainer: Any) -> tuple[Plan, list[
         trainer: Settings of the Trainer, as parsed.
     """
     plan = plan_of(trainer, data)
+    if plan.sharded and (reason := module.why_not_sharded()):
+        raise InputError(f"trainer.strategy={trainer.get('strategy')!r} divides weights, but {reason}. Use ddp, or one device.")
     rate = operations_per_second(load_config(module.source.name), plan)
     found = [replace(need, seconds=need.operations / rate) for need in needs(module, data, plan)]
     table = Table(title="What each device needs", title_justify="left")
@@ -266,8 +276,9 @@ def show(module: PretrainedModule, data: Any, trainer: Any) -> tuple[Plan, list[
         table.add_column(title, justify="left" if title == "stage" else "right")
     for need in found:
         sizes = (need.weights, need.gradients, need.optimizer, need.activations, need.memory)
-        gibibytes = [f"{size / 2**30:.2f} GiB" for size in sizes]
-        table.add_row(need.stage, f"{need.trained:,}", *gibibytes, f"{need.seconds:.2f} s", f"{need.sent / 2**30:.2f} GiB")
+        unit, name = (2**30, "GiB") if need.memory >= 2**30 else (2**20, "MiB")
+        said = [f"{size / unit:.2f} {name}" for size in sizes]
+        table.add_row(need.stage, f"{need.trained:,}", *said, f"{need.seconds:.2f} s", f"{need.sent / unit:.2f} {name}")
     console.print(table)
     held = "weights divided among them" if plan.sharded else "each with all weights"
     spread = "one device" if plan.devices == 1 else f"{plan.devices} devices, {held}"
@@ -275,10 +286,12 @@ def show(module: PretrainedModule, data: Any, trainer: Any) -> tuple[Plan, list[
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's processor"
     console.print(
         f"{plan.rows} x {plan.length} tokens a batch, {plan.accumulate} batches a step, {plan.precision}, {spread}. Time: "
-        f"without validation and the network, at the {rate / 1e9:,.0f} billion operations a second of {device}, measured on two "
+        f"without validation and the network, at the {rate / 1e9:,.1f} billion operations a second of {device}, measured on two "
         "layers.",
         highlight=False,
     )
+    if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        console.print("There is no GPU here: memory is that of the GPU asked for, time is not.", highlight=False)
     if plan.steps is not None:
         console.print(f"{plan.steps:,} steps: up to {_duration(plan.steps * longest)}.", highlight=False)
     return plan, found

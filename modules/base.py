@@ -94,6 +94,10 @@ class PretrainedModule(LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot say what it holds in memory.")
 
+    def why_not_sharded(self) -> str:
+        """Return why the weights cannot be divided among devices; nothing where they can."""
+        return ""
+
     def card_notice(self) -> str:
         """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""
         return ""

@@ -156,6 +156,10 @@ class FusionCompression(SoftLabelDistillation):
             large = AutoModelForCausalLM.from_config(shape.config(large.config), dtype=getattr(torch, self.weights))
         yield self._rehearsal("the small model", large, teachers)
 
+    def why_not_sharded(self) -> str:
+        """See ``PretrainedModule``."""
+        return "operators need whole weights" if self.stages else ""
+
     def _build(self) -> PreTrainedModel | None:
         if self._trainer is None:
             log.info("The small model is made when a Trainer brings data to measure the large one on, or a checkpoint is loaded.")

@@ -146,6 +146,10 @@ class MultiTask(PretrainedModule):
         kinds = {name: task.kinds for name, task in data.tasks.items()}
         yield rehearsal(trunk, kinds, self.branch_layers, self.optimizer)
 
+    def why_not_sharded(self) -> str:
+        """See ``PretrainedModule``."""
+        return "" if self._jacobian is None else f"combination={type(self.combination).__name__} needs whole gradients"
+
     def _check_lengths(self, data: Any) -> None:
         assert self.trunk is not None
         most = self.trunk.most_tokens

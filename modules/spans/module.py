@@ -153,6 +153,10 @@ class SpanPruning(LanguageModel):
         dense = [self._shell(self.source.name, weights="bfloat16")] if self.kl_weight else []
         yield self._rehearsal("training", self._shell(self.source.name), dense)
 
+    def why_not_sharded(self) -> str:
+        """See ``PretrainedModule``."""
+        return "heads are profiled on whole weights"
+
     def _budget(self, levels: set[int]) -> Budget:
         lengths = set(self.budget_lengths or levels | self._longest)
         return Budget(self.density, tuple(sorted(lengths)), self.candidates, self.rules_per_layer)

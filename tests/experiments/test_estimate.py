@@ -139,6 +139,25 @@ def test_the_command_says_it_and_leaves_nothing(tmp_path, monkeypatch, capsys, l
         run(["validate", *words[1:], "--dry_run=true"])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.devices=0"], "trainer.devices='0' is no number of devices. Legal: 1 or more"),
+        (["--trainer.devices=[]"], r"trainer.devices=\[\] is no number of devices"),
+        (["--trainer.strategy=fdsp"], "trainer.strategy='fdsp' is unknown. Did you mean 'fsdp'"),
+        (["--model=SpanPruning", "--model.source=random:tiny", "--trainer.strategy=fsdp"], "heads are profiled on whole weights"),
+    ],
+)
+def test_what_could_not_run_is_not_estimated(tmp_path, monkeypatch, long_documents, words, message):
+    monkeypatch.chdir(tmp_path)
+    start = ["fit", "-c", "language_model/finetune", "--model.source=random:tiny", f"--data.train={long_documents}"]
+    with pytest.raises(InputError, match=message):
+        run([*start, "--dry_run=true", *words])
+    if "fdsp" in words[-1]:
+        with pytest.raises(InputError, match="trainer: You selected an invalid strategy name: `strategy='fdsp'`"):
+            run([*start, *words])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes", "layers"),
