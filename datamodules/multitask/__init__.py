@@ -1,9 +1,9 @@
 """Tasks for multi-task training."""
 
 from .datamodule import MultiTaskDataModule
-from .row_tasks import ClassificationTask, GenerationTask, RegressionTask, RowTask, TableRows, TaggingTask
+from .row_tasks import ClassificationTask, GenerationTask, RegressionTask, RowTask, TaggingTask
 from .self_supervised import TextTask
-from .tables import read_table
+from .tables import TableRows, read_table
 from .tasks import Task
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,55 +11,8 @@ from ...errors import nearest
 from ...modules.multitask.objectives import IGNORED, Kind, Mask, Objective
 from ...modules.tokens import needs_bos
 from ..documents import DataError
-from .tables import Row, check_table, column_of, content_hash, read_table, text_of
-from .tasks import SPLITS, Part, Task
-
-
-@dataclass
-class TableRows:
-    """Where labelled rows come from.
-
-    Args:
-        train: Rows to train on: a .csv, .tsv, .jsonl or .parquet file, or ``hub:owner/name[:split]``.
-        val: Rows to validate on; None holds out a part of ``train``.
-        test: Rows for ``test``; None takes those of ``val``.
-        predict: Rows for ``predict``, all of them, which need no label; None takes those of ``test``.
-        columns: Names of the columns of CSV and TSV files without a first line that names them.
-        train_rows: Rows to train on at most; None takes all.
-        val_rows: Rows to validate on, and to test on, at most; None takes all.
-        val_fraction: Share of ``train`` that is held out when ``val`` is None, in (0, 1).
-
-    Raises:
-        InputError: If a file is missing or of another kind, or a number is out of range.
-    """
-
-    train: str
-    val: str | None = None
-    test: str | None = None
-    predict: str | None = None
-    columns: list[str] | None = None
-    train_rows: int | None = None
-    val_rows: int | None = None
-    val_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        for split, source in self.sources.items():
-            check_table(source, split)
-            if self.columns is not None and not source.endswith((".csv", ".tsv")):
-                raise DataError(
-                    f"columns={self.columns}: {split}={source!r} names its columns itself. Leave columns out; a task says "
-                    "which it reads."
-                )
-        for name, number in (("train_rows", self.train_rows), ("val_rows", self.val_rows)):
-            if number is not None and number < 1:
-                raise DataError(f"{name}={number} holds no row. Legal: 1 or more, or null.")
-        if not 0 < self.val_fraction < 1:
-            raise DataError(f"val_fraction={self.val_fraction} is no share of the rows. Legal: above 0, below 1.")
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """What is given, by split."""
-        return {split: source for split in SPLITS if (source := getattr(self, split)) is not None}
+from .tables import Row, TableRows, column_of, content_hash, read_table, text_of
+from .tasks import Part, Task
 
 
 class RowTask(Task):
