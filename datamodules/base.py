@@ -72,7 +72,7 @@ class TokenDataModule(LightningDataModule):
     @property
     def longest_sequence(self) -> int:
         """Tokens of a training sequence at most, before the data is set up."""
-        raise NotImplementedError(f"{type(self).__name__} cannot say how long its sequences are.")
+        raise InputError(f"{type(self).__name__} cannot say how long its sequences are. Leave --dry_run out.")
 
     def hashes(self) -> dict[str, str]:
         """Return what results quote of the data: its hashes and the tokenizer's fingerprint."""

@@ -17,7 +17,6 @@ myst_enable_extensions = ["dollarmath", "fieldlist"]
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
-nitpicky = False
 
 # Where a name stands in several packages, the first of these has it.
 PACKAGES = {

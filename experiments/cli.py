@@ -27,7 +27,6 @@ from ..files import write_atomic, write_json
 from ..process_group import leave_group_at_exit
 from .configs import resolve_config
 from .environment import environment
-from .estimate import show
 from .main import COMMANDS
 from .runs import DEFAULTS, flag_values, new_run_name, resolve_last
 
@@ -174,7 +173,9 @@ class FulguriteCLI(LightningCLI):
             return
         if subcommand != "fit":
             raise InputError(f"--dry_run is for fit, not for {subcommand}. Leave it out.")
-        self.plan, self.needs = show(self.model, self.datamodule, self.config[subcommand]["trainer"])
+        from .estimate import show  # nothing else begins with it
+
+        self.needs = show(self.model, self.datamodule, self.config[subcommand]["trainer"])
 
     def before_predict(self) -> None:
         """See to it that what is predicted goes somewhere."""

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedModel
 
+from ..datamodules.base import TokenDataModule
 from ..errors import InputError, nearest
 from ..modules.base import PretrainedModule, Rehearsal
 from ..modules.linear_loss import default_chunk, linear_loss
@@ -42,6 +43,7 @@ class Plan:
         sharded: Whether weights, gradients and optimizer state are divided among them (FSDP), or each has all (DDP).
         accumulate: Batches of an optimizer step.
         steps: Optimizer steps; None where the trainer says none.
+        device: ``cpu`` or ``cuda``.
     """
 
     rows: int
@@ -51,6 +53,7 @@ class Plan:
     sharded: bool
     accumulate: int
     steps: int | None
+    device: str = "cpu"
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -65,7 +68,6 @@ class Need:
     Args:
         stage: Its name.
         trained: Parameters that are trained.
-        parameters: Parameters in memory.
         weights: Bytes of weights.
         gradients: Bytes of gradients, with DDP's buckets.
         optimizer: Bytes of the optimizer's state.
@@ -77,7 +79,6 @@ class Need:
 
     stage: str
     trained: int
-    parameters: int
     weights: int
     gradients: int
     optimizer: int
@@ -119,7 +120,6 @@ def _need(stage: Rehearsal, plan: Plan, module: PretrainedModule) -> Need:
     return Need(
         stage.name,
         sum(weight.numel() for weight in trained),
-        sum(weight.numel() for weight in weights),
         frozen + own // share + whole,
         own // share + whole + buckets,
         optimizer // share,
@@ -148,7 +148,7 @@ def _kept_for_backward(stage: Rehearsal, plan: Plan, module: PretrainedModule) -
         if stage.vocabulary:
             flat = states.flatten(0, -2)
             head = torch.empty(stage.vocabulary, flat.shape[-1], requires_grad=True)
-            chunk = min(getattr(module, "loss_chunk_tokens", None) or default_chunk("cpu"), len(flat))
+            chunk = min(getattr(module, "loss_chunk_tokens", None) or default_chunk(plan.device), len(flat))
             loss = linear_loss(flat, head, torch.zeros(len(flat), dtype=torch.long), chunk_tokens=chunk).loss
             kept += 4 * (head.numel() + 2 * chunk * stage.vocabulary)  # the head's gradient; logits, and their gradients
     loss.backward()
@@ -246,7 +246,7 @@ def plan_of(trainer: Any, data: Any) -> Plan:
         raise InputError(f"trainer.strategy={strategy!r} is unknown.{nearest(strategy, known)}")
     kind = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", type(strategy).__name__))
     sharded = any(word in kind.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
-    steps = trainer.get("max_steps")
+    steps, on_gpu = trainer.get("max_steps"), trainer.get("accelerator") in ("gpu", "cuda")
     return Plan(
         rows=data.batch_size,
         length=data.longest_sequence,
@@ -255,20 +255,27 @@ def plan_of(trainer: Any, data: Any) -> Plan:
         sharded=sharded,
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         steps=steps if steps and steps > 0 else None,
+        device="cuda" if on_gpu or (trainer.get("accelerator") != "cpu" and torch.cuda.is_available()) else "cpu",
     )
 
 
-def show(module: PretrainedModule, data: Any, trainer: Any) -> tuple[Plan, list[Need]]:
-    """Print what a training needs, and return how it is spread and what each stage needs.
+def show(module: Any, data: Any, trainer: Any) -> list[Need]:
+    """Print what a training needs, and return what each stage needs.
 
     Args:
         module: The system.
         data: Its data module.
         trainer: Settings of the Trainer, as parsed.
+
+    Raises:
+        InputError: If system or data are of another kind than the suite's, or the Trainer could not train so.
     """
+    for part, kind in ((module, PretrainedModule), (data, TokenDataModule)):
+        if not isinstance(part, kind):
+            raise InputError(f"--dry_run knows nothing of {type(part).__name__}, which is no {kind.__name__}. Leave it out.")
     plan = plan_of(trainer, data)
     if plan.sharded and (reason := module.why_not_sharded()):
-        raise InputError(f"trainer.strategy={trainer.get('strategy')!r} divides weights, but {reason}. Use ddp, or one device.")
+        raise InputError(f"trainer.strategy={trainer.get('strategy')!r} splits the weights, and {reason}. Use ddp.")
     rate = operations_per_second(load_config(module.source.name), plan)
     found = [replace(need, seconds=need.operations / rate) for need in needs(module, data, plan)]
     table = Table(title="What each device needs", title_justify="left")
@@ -290,11 +297,11 @@ def show(module: PretrainedModule, data: Any, trainer: Any) -> tuple[Plan, list[
         "layers.",
         highlight=False,
     )
-    if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+    if plan.device == "cuda" and not torch.cuda.is_available():
         console.print("There is no GPU here: memory is that of the GPU asked for, time is not.", highlight=False)
     if plan.steps is not None:
         console.print(f"{plan.steps:,} steps: up to {_duration(plan.steps * longest)}.", highlight=False)
-    return plan, found
+    return found
 
 
 def _duration(seconds: float) -> str:

@@ -6,9 +6,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import InputError
 from .pretrained import Dtype, load_tokenizer, resolve_source
 from .schedules import WarmupCosine
 
@@ -92,11 +94,19 @@ class PretrainedModule(LightningModule):
         Args:
             data: The run's data module, which was not set up.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot say what it holds in memory.")
+        raise InputError(f"{type(self).__name__} cannot say what it holds in memory. Leave --dry_run out.")
 
     def why_not_sharded(self) -> str:
         """Return why the weights cannot be divided among devices; nothing where they can."""
         return ""
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Raise an InputError for a strategy that divides weights, where they have to be whole."""
+        reason = self.why_not_sharded()
+        if reason and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(
+                f"strategy: {type(strategy).__name__} may split the weights, and {reason}. Legal: one device, or ddp."
+            )
 
     def card_notice(self) -> str:
         """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""

@@ -162,14 +162,18 @@ class LanguageModel(PretrainedModule):
 
     def _shell(self, source: str, student: StudentSpec | None = None, weights: Dtype | None = None) -> PreTrainedModel:
         """Return a model of a source's config, or its student, without the source's numbers."""
-        dtype = getattr(torch, weights or self.weights)
-        model = AutoModelForCausalLM.from_config(load_config(source), dtype=dtype, attn_implementation=self.attn_implementation)
+        model = self._empty(load_config(source), weights)
         if student is None:
             return model
         keep = student.keep_layers
         if isinstance(keep, LayerChoice):  # which ones makes no difference
             student = replace(student, keep_layers=list(range(keep.count)))
         return build_student(model, student)
+
+    def _empty(self, config: Any, weights: Dtype | None = None) -> PreTrainedModel:
+        """Return a model of a config, whose numbers are yet to come."""
+        dtype = getattr(torch, weights or self.weights)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation)
 
     def _rehearsal(self, name: str, model: PreTrainedModel, others: list[PreTrainedModel]) -> Rehearsal:
         """Return a stage that trains a model, with others that are only read."""
@@ -313,8 +317,7 @@ class LanguageModel(PretrainedModule):
             raise InputError("This checkpoint holds no model config: it was not written by a fulgurite system.")
         if self.model is None or self._trainer is None:
             config = AutoConfig.for_model(saved["model_type"]).from_dict(saved)
-            dtype = getattr(torch, self.weights)
-            self._adopt(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation))
+            self._adopt(self._empty(config))
             return
         ours = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}

@@ -107,7 +107,7 @@ class LayerCollapse(_DepthStart):
         InputError: If a value is out of range.
     """
 
-    def __init__(self, *, merged: int = 4, interval: int = 2, threshold: float = 0.95, calibration_tokens: int = 1024) -> None:
+    def __init__(self, *, merged: int = 2, interval: int = 1, threshold: float = 0.95, calibration_tokens: int = 1024) -> None:
         super().__init__(calibration_tokens)
         if merged < 2:
             raise InputError(f"merged={merged} merges nothing. Legal: 2 or more layers.")

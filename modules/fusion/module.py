@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ..base import Rehearsal
@@ -150,15 +150,14 @@ class FusionCompression(SoftLabelDistillation):
             target = self.start.shape_of(name, large.config, shape)
             fused = self.start.again(name, large, shape, list(range(target.num_hidden_layers or 0)))
             yield replace(self._rehearsal(name, fused, [large, *teachers]), optimizer=self.operator_optimizer)
-            kind = getattr(torch, self.weights)
-            large = AutoModelForCausalLM.from_config(target.config(large.config), dtype=kind)
+            large = self._empty(target.config(large.config))
         if not self.stages:
-            large = AutoModelForCausalLM.from_config(shape.config(large.config), dtype=getattr(torch, self.weights))
+            large = self._empty(shape.config(large.config))
         yield self._rehearsal("the small model", large, teachers)
 
     def why_not_sharded(self) -> str:
         """See ``PretrainedModule``."""
-        return "operators need whole weights" if self.stages else ""
+        return "operators need whole ones (a start without operators does not)" if self.stages else ""
 
     def _build(self) -> PreTrainedModel | None:
         if self._trainer is None:
@@ -239,11 +238,7 @@ class FusionCompression(SoftLabelDistillation):
     def on_fit_start(self) -> None:
         """Bring the large model to the device, and refuse strategies that split weights."""
         super().on_fit_start()
-        if self.stages and not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise InputError(
-                f"strategy: {type(self.trainer.strategy).__name__} may split the weights, and operators need whole ones. Legal: "
-                "one device, or ddp; or a start without operators."
-            )
+        self.check_strategy(self.trainer.strategy)
         if self._large:
             self._large[0].to(self.device)  # type: ignore[arg-type]
         if self.hidden_weight and (not self._teacher or not self.stages):
@@ -380,7 +375,7 @@ class FusionCompression(SoftLabelDistillation):
             self._large.clear()
             large = load_config(self.source.name)
             config = self.start.shape_of("width", large, self.shape).config(large)
-            model = self.wide = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weights)).to(self.device)
+            model = self.wide = self._empty(config).to(self.device)  # type: ignore[arg-type]
         else:
             model = self._load_large()
         self._adopt(self.start.again(name, model, self.shape, self.centres))

@@ -137,7 +137,7 @@ class MultiTask(PretrainedModule):
         self.train()
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
-        """See ``PretrainedModule``; of a mixed batch, to which each task has brought as many texts."""
+        """See ``PretrainedModule``; of a mixed batch of equally many texts a task, with branches of ``branch_layers``."""
         config = load_config(self.source.name)
         config.update(self.fresh or {})
         trunk = trunk_of_config(config, self.weights)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
@@ -138,11 +137,7 @@ class SpanPruning(LanguageModel):
             raise InputError(
                 "SpanPruning needs a data module, such as SelfGeneratedCalibration: trainer.fit(module, datamodule)."
             )
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-            raise InputError(
-                f"strategy: {type(strategy).__name__} may split the weights, and heads are profiled on whole ones. Legal: one "
-                "device, or ddp."
-            )
+        self.check_strategy(strategy)
         levels = {length for length in getattr(data, "lengths", []) if length}
         if self.budget_lengths or levels:
             self._budget(levels)
@@ -155,7 +150,7 @@ class SpanPruning(LanguageModel):
 
     def why_not_sharded(self) -> str:
         """See ``PretrainedModule``."""
-        return "heads are profiled on whole weights"
+        return "heads are profiled on whole ones"
 
     def _budget(self, levels: set[int]) -> Budget:
         lengths = set(self.budget_lengths or levels | self._longest)

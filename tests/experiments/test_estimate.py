@@ -1,5 +1,6 @@
 """What is said of a training before it starts, against the training."""
 
+import dataclasses
 import json
 
 import pytest
@@ -139,13 +140,29 @@ def test_the_command_says_it_and_leaves_nothing(tmp_path, monkeypatch, capsys, l
         run(["validate", *words[1:], "--dry_run=true"])
 
 
+def test_what_is_of_another_kind_is_not_estimated(tmp_path, monkeypatch, long_documents):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data=TextDataModule", f"--data.train={long_documents}"]
+    with pytest.raises(InputError, match="--dry_run knows nothing of SoftLabelTeacher, which is no PretrainedModule"):
+        run(["fit", "--dry_run=true", "--model=SoftLabelTeacher", "--model.source=random:tiny", *data])
+
+
+def test_logits_of_a_gpu_are_counted_in_its_chunks(data):
+    plans = (PLAN, dataclasses.replace(PLAN, rows=8, device="cuda"), dataclasses.replace(PLAN, rows=8))
+    _, larger, smaller = (needs(LanguageModel("random:tiny"), data, plan)[0].activations for plan in plans)
+    assert larger - smaller == 4 * 2 * (8 * 32 - 64) * 259
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--trainer.devices=0"], "trainer.devices='0' is no number of devices. Legal: 1 or more"),
         (["--trainer.devices=[]"], r"trainer.devices=\[\] is no number of devices"),
         (["--trainer.strategy=fdsp"], "trainer.strategy='fdsp' is unknown. Did you mean 'fsdp'"),
-        (["--model=SpanPruning", "--model.source=random:tiny", "--trainer.strategy=fsdp"], "heads are profiled on whole weights"),
+        (
+            ["--model=SpanPruning", "--model.source=random:tiny", "--trainer.strategy=fsdp"],
+            "splits the weights, and heads are profiled on whole ones",
+        ),
     ],
 )
 def test_what_could_not_run_is_not_estimated(tmp_path, monkeypatch, long_documents, words, message):
