@@ -4,7 +4,6 @@ Started by ``fulgurite benchmark`` with the path of the job's file. Every step t
 killed job goes on where it was; the result appears at the very end, whole.
 """
 
-import importlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from ...files import write_json
 from ...modules.pretrained import model_fingerprint
 from ..cli import quiet, run
 from ..environment import environment
+from .check import measuring
 from .plan import code_version, fill
 from .results import check_result
 
@@ -43,8 +43,6 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     begin = time.time()
     places = dict(job["places"])
-    names = [step["name"] for step in job["steps"]]
-    trained = names.index("train") if "train" in names else 0
     records = []
     for number, step in enumerate(job["steps"]):
         noted = folder / f"{number}-{step['name']}.json"
@@ -53,14 +51,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             print(f"== {step['name']}", flush=True)
             write_json(noted, _run_step(step, [fill(word, places, "command") for word in step["words"]], folder))
         records.append(json.loads(noted.read_text("utf-8")))
-        if number <= trained:  # the names of what was before, and then of what was trained
-            place = "model" if number == trained else step["name"]
-            places[place] = str(folder / step["name"] / (step["gives"] or "export"))
-    first, evaluations = records[trained], records[trained + 1 :]
-    tokens = [record["cost"]["tokens"] for record in records[: trained + 1] if "tokens" in record["cost"]]
+        if number == 0:
+            places["model"] = str(folder / step["name"] / "export")
+    first = records[0]
+    evaluations = records[job["steps"][0]["name"] == "train" :]
     cost = {
         **first["cost"],
-        **({"tokens": sum(tokens)} if tokens else {}),
         "seconds": begin - job["begun"] + sum(record["seconds"] for record in records),
         "evaluation_seconds": sum(record["seconds"] for record in evaluations),
     }
@@ -111,20 +107,10 @@ def _run_step(step: dict[str, Any], words: list[str], folder: Path) -> dict[str,
 
 def _measure(words: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Call ``module:function`` of this package with the options as arguments; return its figures, and curves if it has some."""
-    module, _, name = words[1].partition(":")
-    function = getattr(importlib.import_module(f"fulgurite.experiments.{module}"), name)
-    options = dict(word.removeprefix("--").split("=", 1) for word in words[2:])
-    given = function(**{key: _value(text) for key, text in options.items()})
+    function, arguments = measuring(words)
+    given = function(**arguments)
     figures = given.get("metrics", given)
     return {key: float(value) for key, value in figures.items()}, given.get("curves", {})
-
-
-def _value(text: str) -> Any:
-    """Return what an option's text means: a number, list or mapping, else the text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _command(step: dict[str, Any], words: list[str], folder: Path, record: dict[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ...errors import InputError
 from ...files import write_json
-from .plan import Benchmark, Job, code_version, in_order
+from .plan import Benchmark, Job, code_version, fill, in_order
 from .results import load_results
 
 console = Console()
@@ -131,6 +131,7 @@ class Grid:
         console.print(f"{len(cells)} cells, {sum(self.state(job) == 'done' for job in cells)} done; results in {self.results}")
         if not waiting:
             return
+        self._check(waiting)
         failed: dict[str, str] = {}
         with _progress() as progress:
             total = progress.add_task("", total=len(waiting))
@@ -159,6 +160,18 @@ class Grid:
             raise InputError(
                 f"{len(failed)} of the jobs failed; the others have their results. Start again to retry them.{report}"
             )
+
+    def _check(self, jobs: list[Job]) -> None:
+        """Refuse command lines that are wrong now, not hours later in their turn."""
+        console.print("Checking the command lines ...")
+        names = ["data", "run", "model", *(job.place for job in self.products.values())]
+        places = {name: str(self.folder / name) for name in names}
+        words = {job.name: [[fill(word, places, job.name) for word in step.words()] for step in job.steps] for job in jobs}
+        checking = [sys.executable, "-m", f"{__package__}.check"]
+        done = subprocess.run(checking, input=json.dumps(words), stdout=subprocess.PIPE, text=True, check=True)
+        if wrong := json.loads(done.stdout.splitlines()[-1]):
+            report = "".join(f"\n  {name}: {error}" for name, error in wrong.items())
+            raise InputError(f"{len(wrong)} of the jobs' command lines are wrong; nothing was run.{report}")
 
     def _start(
         self, waiting: list[Job], running: list[_Running], failed: dict[str, str], workers: int, progress: Progress
@@ -205,7 +218,7 @@ class Grid:
         places = {"data": self.plan.constants["data"]}
         for name in job.needs:
             product = self.products[name]
-            places[name] = str(self.job_folder(product) / product.steps[0].name / product.gives)
+            places[product.place] = str(self.job_folder(product) / product.steps[0].name / product.gives)
         return {
             "folder": str(self.job_folder(job)),
             "target": str(self.target(job)),
@@ -214,7 +227,7 @@ class Grid:
             "code": code_version(),
             "begun": time.time(),
             "steps": [
-                {"words": s.words(), **{key: getattr(s, key) for key in ("name", "command", "metrics", "curves", "gives")}}
+                {"name": s.name, "command": s.command, "words": s.words(), "metrics": s.metrics, "curves": s.curves}
                 for s in job.steps
             ],
             "run": {
@@ -230,7 +243,7 @@ class Grid:
         }
 
     def _watch(self, entry: _Running, progress: Progress) -> None:
-        line = _last_line(entry.log)
+        line = (_last_lines(entry.log) or [""])[-1]
         progress.update(
             entry.bar, completed=time.perf_counter() - entry.begin, description=f"{entry.job.name} [dim]{line[:60]}[/dim]"
         )
@@ -247,7 +260,7 @@ class Grid:
             progress.console.print(f"{job.name}: {_duration(seconds)}", highlight=False)
             return
         code = entry.process.returncode
-        error = f"killed by signal {-code}" if code < 0 else _last_line(entry.log) or f"exit code {code}"
+        error = f"killed by signal {-code}" if code < 0 else _error(entry.log) or f"exit code {code}"
         failed[job.name] = f"{error} ({entry.log})"
         write_json(entry.log.parent / "failed.json", {"job": job.name, "exit_code": entry.process.returncode, "error": error})
         progress.console.print(f"{job.name} failed after {_duration(seconds)}: {error}", highlight=False, markup=False)
@@ -260,11 +273,18 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
 
 
-def _last_line(log: Path) -> str:
+def _last_lines(log: Path) -> list[str]:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
         lines = _CONTROL.sub("", file.read().decode("utf-8", "replace")).replace("\r", "\n").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _error(log: Path) -> str:
+    """Return the message with which a job ended, whole, or its last line."""
+    lines = _last_lines(log)
+    begin = next((place for place in reversed(range(len(lines))) if lines[place].startswith("error: ")), -1)
+    return "\n".join(lines[begin:])
 
 
 def _duration(seconds: float) -> str:

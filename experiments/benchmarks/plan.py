@@ -7,7 +7,7 @@ result file. A *product* (an adapted teacher, a label store) is made once and us
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,6 @@ class Step:
         settings: Overrides by dotted key; products and folders stand in braces.
         metrics: {name in the result: name that the command gives}; None keeps all that ``measure`` gives.
         curves: Logged scalars that are kept for every step.
-        gives: What later steps take of it, as a path in its folder, where they may.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Step:
     settings: dict[str, Any]
     metrics: dict[str, str] | None
     curves: list[str]
-    gives: str | None = None
 
     def words(self) -> list[str]:
         """Return the words of the command line, places still in braces."""
@@ -63,13 +61,14 @@ class Job:
     """A product or a cell.
 
     Args:
-        name: Its name: a product's, or ``<variant>-<seed>``.
+        name: Its name: a product's (``<product>@<seed>`` where each seed has its own), or ``<variant>-<seed>``.
         steps: What is run, in order.
-        needs: Names of the products that it uses.
+        needs: Names of the products' jobs that it uses.
         fingerprint: Hash of what it depends on: commands, configs, code, data, and the fingerprints of its products.
         variant: The variant of a cell; None for a product.
         title: The variant's row in tables.
         seed: The seed.
+        place: What stands in braces for a product.
         gives: What a product gives, as a path in its first step's folder.
         disk: Product whose bytes on disk count as the cell's.
     """
@@ -81,6 +80,7 @@ class Job:
     variant: str | None = None
     title: str = ""
     seed: int = 0
+    place: str = ""
     gives: str = ""
     disk: str | None = None
 
@@ -144,21 +144,21 @@ class Benchmark:
         Raises:
             InputError: As for ``cells``; and if data is not there, or products need each other.
         """
-        products = {name: self._product(name, entry) for name, entry in self.spec.get("products", {}).items()}
         cells = self.cells(seeds, only)
         order: dict[str, Job] = {}
         for cell in cells:
-            self._collect(cell, products, order, [])
+            self._collect(cell, order, [])
         return [*order.values(), *cells]
 
-    def _collect(self, job: Job, products: dict[str, Job], order: dict[str, Job], above: list[str]) -> None:
+    def _collect(self, job: Job, order: dict[str, Job], above: list[str]) -> None:
         """Add what a job needs, and fill in its fingerprint."""
         if job.name in above:
             raise InputError(f"products of benchmark {self.name!r} need each other: {' -> '.join([*above, job.name])}.")
         for name in job.needs:
             if name not in order:
-                self._collect(products[name], products, order, [*above, job.name])
-                order[name] = products[name]
+                product = self._product(name.partition("@")[0], job.seed)
+                self._collect(product, order, [*above, job.name])
+                order[name] = product
         content = {
             "steps": [[step.words(), sorted((step.metrics or {}).items()), step.curves] for step in job.steps],
             "kept": [job.disk, job.gives],
@@ -190,9 +190,20 @@ class Benchmark:
             hashes[value] = _hash(path)
         return hashes
 
-    def _product(self, name: str, entry: dict[str, Any]) -> Job:
+    def _product(self, name: str, seed: int) -> Job:
+        entry = self.spec["products"][name]
         step = self._step(name, entry, {})
-        return Job(name, [step], self._needs([step]), gives=entry["gives"])
+        seeded = entry.get("seeded", False)
+        if seeded:
+            _give_seed(step, seed)
+        needs = self._needs([step], seed)
+        if not seeded and (other := next((need for need in needs if "@" in need), None)):
+            raise InputError(
+                f"products.{name} of benchmark {self.name!r} uses {other.partition('@')[0]!r}, of which each seed has its own. "
+                "Give it seeded: true, too."
+            )
+        job_name = self._job_name(name, seed)
+        return Job(job_name, [step], needs, seed=seed if seeded else 0, place=name, gives=entry["gives"])
 
     def _cell(self, variant: str, entry: dict[str, Any], seed: int) -> Job:
         products = self.spec.get("products", {})
@@ -201,31 +212,35 @@ class Benchmark:
             common = {key: value for key, value in common.items() if key != "config"}
         own = {**common, **entry, "set": {**common.get("set", {}), **entry.get("set", {})}}
         let = {**common.get("let", {}), **entry.get("let", {})}
-        before = entry.get("before", {})
-        training = [
-            *(self._step(name, part, let, before) for name, part in before.items()),
-            self._step("train", own, let, before),
-        ]
-        for step in training:
-            if step.command in ("fit", "validate", "test", "predict"):
-                step.settings = {"seed_everything": seed, **step.settings}
-        evaluations = [self._step(name, part, let, before) for name, part in self.spec.get("evaluations", {}).items()]
-        steps = [*training, *evaluations]
+        evaluations = self.spec.get("evaluations", {})
+        where = f"variants.{variant} of benchmark {self.name!r}"
+        for name in (chosen := entry.get("evaluations", evaluations)):
+            if name not in evaluations:
+                raise InputError(f"{where}: {name!r} is no evaluation.{nearest(name, evaluations)}")
+        if model := entry.get("model"):  # is there: nothing is trained
+            extra = next((key for key in ("command", "config", "function", "set") if key in entry), None)
+            if extra or not chosen:
+                raise InputError(f"{where} has a model to evaluate, so it takes evaluations and no {extra or 'training'}.")
+            let = {**let, "model": model}
+        steps = [] if model else [self._step("train", own, let)]
         for step in steps:
+            _give_seed(step, seed)
+        for step in [self._step(name, evaluations[name], let) for name in chosen]:
             if step.command == "measure":
-                step.settings = {"seed": seed, **step.settings}
+                _give_seed(step, seed)
+            steps.append(step)
         disk = entry.get("disk")
         if disk is not None and disk not in products:
             raise InputError(
                 f"variants.{variant}.disk={disk!r} of benchmark {self.name!r} is no product.{nearest(disk, products)}"
             )
-        needs = [name for name in products if name == disk or name in self._needs(steps)]
+        needs = self._needs(steps, seed, disk)
         return Job(f"{variant}-{seed}", steps, needs, variant=variant, title=entry["title"], seed=seed, disk=disk)
 
-    def _step(self, name: str, entry: dict[str, Any], let: dict[str, Any], before: Iterable[str] = ()) -> Step:
+    def _step(self, name: str, entry: dict[str, Any], let: dict[str, Any]) -> Step:
         command = entry.get("command", "fit")
         where = f"benchmark {self.name!r}, {name}"
-        places = {key: "{" + key + "}" for key in ("data", "run", "model", *before, *self.spec.get("products", {}))}
+        places = {key: "{" + key + "}" for key in ("data", "run", "model", *self.spec.get("products", {}))}
         places |= {key: value for key, value in self.constants.items() if key != "data"}
         for key, value in let.items():
             places[key] = fill(str(value), places, f"{where}, let: {key}")
@@ -244,20 +259,20 @@ class Benchmark:
         metrics = None if command == "measure" and "metrics" not in entry else entry.get("metrics", {})
         if metrics is not None:
             metrics = {key: fill(source, places, f"{where}, metrics: {key}") for key, source in metrics.items()}
-        return Step(
-            name,
-            command,
-            entry.get("config"),
-            entry.get("function"),
-            settings,
-            metrics,
-            entry.get("curves", []),
-            entry.get("gives"),
-        )
+        return Step(name, command, entry.get("config"), entry.get("function"), settings, metrics, entry.get("curves", []))
 
-    def _needs(self, steps: list[Step]) -> list[str]:
+    def _needs(self, steps: list[Step], seed: int, disk: str | None = None) -> list[str]:
+        """Return the names of the products' jobs that steps name."""
         used = {match for step in steps for word in step.words() for match in _PLACE.findall(word)}
-        return [name for name in self.spec.get("products", {}) if name in used]
+        return [self._job_name(name, seed) for name in self.spec.get("products", {}) if name in used or name == disk]
+
+    def _job_name(self, product: str, seed: int) -> str:
+        return f"{product}@{seed}" if self.spec["products"][product].get("seeded") else product
+
+
+def _give_seed(step: Step, seed: int) -> None:
+    if step.command != "evaluate":
+        step.settings = {"seed" if step.command == "measure" else "seed_everything": seed, **step.settings}
 
 
 def available() -> dict[str, Path]:

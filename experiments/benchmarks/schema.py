@@ -30,7 +30,7 @@ SCHEMA = _mapping(
         "equal": {"enum": ["tokens", "seconds", "bytes", "steps"]},
         "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
         "scales": _named(_SETTINGS),
-        "products": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command", "gives")),
+        "products": _named(_mapping({**_STEP, "gives": {"type": "string"}, "seeded": {"type": "boolean"}}, "command", "gives")),
         "common": _mapping(
             {**{key: _STEP[key] for key in ("command", "config", "function", "set", "metrics", "curves")}, "let": _SETTINGS}
         ),
@@ -43,7 +43,8 @@ SCHEMA = _mapping(
                     "disk": {"type": "string"},
                     "group": {"type": "string"},
                     "let": _SETTINGS,
-                    "before": _named(_mapping({**_STEP, "gives": {"type": "string"}}, "command")),
+                    "model": {"type": "string"},
+                    "evaluations": {"type": "array", "items": {"type": "string"}},
                 },
                 "title",
             )

@@ -49,24 +49,41 @@ def test_cells_are_run_once_and_a_failed_one_does_not_stop_the_rest(bench, text_
     assert next(plan.results.glob("*.json")).stat().st_mtime_ns == before
 
 
-def test_trainings_before_another_have_its_seed_and_give_what_they_exported(bench, text_file):
+def test_each_seed_has_its_own_products_and_a_model_that_is_there_is_only_evaluated(bench, text_file):
     def change(spec):
-        first = {key: value for key, value in spec["common"]["set"].items() if key != "model.source"}
-        entry = {"command": "fit", "config": "language_model/finetune", "set": {**first, "model.source": "random:tiny"}}
-        second = {**entry, "set": {**entry["set"], "model.source": "{first}"}}
-        spec["variants"] = {"third": {"title": "three", "seeds": [1], "before": {"first": entry, "second": second}}}
-        spec["common"]["let"] = {"start": "{second}"}
-        del spec["products"]
+        spec["products"]["tuned"]["seeded"] = True
+        spec["seeds"] = [1]
+        spec["evaluations"]["seen"] = spec["evaluations"]["held-out"] | {"metrics": {"seen": "val_loss"}}
+        spec["variants"] = {
+            "again": {"title": "trained further", "seeds": [1, 2], "evaluations": ["held-out"]},
+            "once": {"title": "not trained", "model": "{tuned}"},
+        }
 
     plan = bench(change)
     main(["benchmark", "method", f"--data={text_file.parent}"])
-    (found,) = load_results(plan.results)
-    commands = [dict(word.removeprefix("--").split("=", 1) for word in words[3:]) for words in found["run"]["commands"]]
-    assert [command["model.source"] for command in commands] == ["random:tiny", "{first}", "{second}", "{model}"]
-    assert [command.get("seed_everything") for command in commands] == ["1", "1", "1", None]
-    assert found["environment"]["models"].keys() == {"first", "second", "train", "held-out"}
-    assert len(set(found["environment"]["models"].values())) == 3  # what is evaluated is what was trained last
-    assert found["cost"]["tokens"] == 3 * 1280
+    first, second, once = load_results(plan.results)
+    assert [list(found["run"]["products"]) for found in (first, second, once)] == [["tuned@1"], ["tuned@2"], ["tuned@1"]]
+    assert [list(found["metrics"]["final"]) for found in (first, once)] == [["early_loss", "loss"], ["loss", "seen"]]
+    assert first["metrics"]["final"]["loss"] < once["metrics"]["final"]["loss"] == once["metrics"]["final"]["seen"]
+    assert len({found["environment"]["models"]["held-out"] for found in (first, second, once)}) == 3
+    assert once["run"]["commands"][0][3] == "--model.source={tuned}"
+    assert "tokens" not in once["cost"]
+
+
+def test_wrong_command_lines_are_refused_before_the_first_job(bench, text_file, capsys, tmp_path):
+    def change(spec):
+        spec["variants"]["fast"]["set"] = {"model.optimizr": "x"}
+        spec["variants"]["timed"] = {"title": "t", "command": "measure", "function": "language_model.measure:startup"}
+
+    bench(change)
+    with pytest.raises(SystemExit):
+        main(["benchmark", "method", f"--data={text_file.parent}"])
+    said = capsys.readouterr().err
+    assert "2 of the jobs' command lines are wrong; nothing was run" in said
+    assert "fast-0:" in said
+    assert "optimizr" in said
+    assert "timed-0: function 'language_model.measure:startup': " in said
+    assert not list((tmp_path / "runs").rglob("job.json"))
 
 
 def test_a_metric_that_is_not_produced_is_refused_by_name(bench, text_file, capsys):
