@@ -5,6 +5,7 @@ bridge; both ends are shaped by a token bucket filter, so that a rank neither se
 """
 
 import atexit
+import json
 import os
 import re
 import shutil
@@ -122,6 +123,11 @@ class NetLab:
         """Let a cut link work again."""
         _run("ip", "-n", self._space("hub"), "link", "set", f"port{rank}", "up")
 
+    def sent_bytes(self, rank: int) -> int:
+        """Return the bytes that a rank has sent over its link, headers included."""
+        shown = _run("ip", "-n", self._space(rank), "-s", "-j", "link", "show", "eth0")
+        return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
+
     def environment(self, rank: int, port: int = 29511) -> dict[str, str]:
         """Return the variables with which ``Trainer(num_nodes=ranks, devices=1)`` and torch find each other."""
         return {
@@ -216,7 +222,8 @@ def _remove_spaces(lab: str) -> None:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout

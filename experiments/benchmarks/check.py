@@ -6,6 +6,7 @@ Reads ``{job: [words of a command, ...]}`` from the standard input and prints ``
 import importlib
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,7 @@ def wrong(words: list[str]) -> str | None:
 def main() -> None:
     """Check what stands in the standard input."""
     quiet()
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # each command line would say its seed
     known: dict[str, str | None] = {}
     found = {}
     for job, commands in json.load(sys.stdin).items():

@@ -88,16 +88,48 @@ def run_training(method: str, link: str | None, *, ranks: int, steps: int, seed:
         raise InputError(f"method={method!r} is unknown. Legal: {', '.join(METHODS)}.")
     if link is not None and link not in LINKS:
         raise InputError(f"link={link!r} is unknown. Legal: {', '.join(LINKS)}.")
+    callback = METHODS[method]
+    callbacks = [callback] if callback else []
+    bucket = _BUCKET_MB.get(method, 4)
+    return train_over_link("gradient_pruning/train", callbacks, link, ranks, steps, seed, options, bucket_mb=bucket)
+
+
+def train_over_link(
+    config: str,
+    callbacks: list[dict[str, Any]],
+    link: str | None,
+    ranks: int,
+    steps: int,
+    seed: int,
+    options: list[str],
+    *,
+    bucket_mb: int = 4,
+) -> dict[str, Any]:
+    """Run ``fit`` on ranks of this machine, each in its namespace of the network, and return its log.
+
+    Args:
+        config: Packaged config of ``fit``.
+        callbacks: All of the run's callbacks.
+        link: One of ``LINKS``, or None.
+        ranks: Number of ranks.
+        steps: Optimizer steps.
+        seed: Seed of weights and order.
+        options: More words for ``fit``.
+        bucket_mb: Size of DDP's buckets.
+
+    Returns:
+        What a ``StepLog`` wrote, and ``sent_bytes``: what the last rank sent in all, headers included.
+
+    Raises:
+        InputError: If no network can be made here.
+        RuntimeError: If a rank fails; the message has the end of its output.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fulgurite-link-"))
     try:
         log = folder / "log.json"
-        callback = METHODS[method]
-        callbacks = [*([callback] if callback else []), {"class_path": _LOG, "init_args": {"file": str(log)}}]
-        words = ["fit", "-c", "gradient_pruning/train", f"--seed_everything={seed}", f"--trainer.max_steps={steps}"]
-        strategy = {
-            "class_path": "lightning.pytorch.strategies.DDPStrategy",
-            "dict_kwargs": {"bucket_cap_mb": _BUCKET_MB.get(method, 4)},
-        }
+        callbacks = [*callbacks, {"class_path": _LOG, "init_args": {"file": str(log)}}]
+        words = ["fit", "-c", config, f"--seed_everything={seed}", f"--trainer.max_steps={steps}"]
+        strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "dict_kwargs": {"bucket_cap_mb": bucket_mb}}
         words += [f"--trainer.num_nodes={ranks}", "--trainer.devices=1", "--trainer.accelerator=cpu"]
         words += [f"--trainer.strategy={json.dumps(strategy)}"]
         words += ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -107,13 +139,13 @@ def run_training(method: str, link: str | None, *, ranks: int, steps: int, seed:
             f"import json, sys\nsys.path[:0] = {sys.path!r}\nif __name__ == '__main__':\n"
             f"    from fulgurite.experiments.main import main\n    main(json.loads({json.dumps(json.dumps(words))}))\n"
         )
-        _run_ranks(script, link, ranks, folder)
-        return read_log(log)
+        sent = _run_ranks(script, link, ranks, folder)
+        return {**read_log(log), "sent_bytes": sent}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_ranks(script: Path, link: str | None, ranks: int, folder: Path) -> None:
+def _run_ranks(script: Path, link: str | None, ranks: int, folder: Path) -> int:
     rate, act, every = LINKS[link] if link else ("10gbit", None, 0)
     with NetLab(ranks, rate) as lab:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share this machine's cores
@@ -122,11 +154,13 @@ def _run_ranks(script: Path, link: str | None, ranks: int, folder: Path) -> None
         ]
         with lab.changing(act, every) if act else nullcontext():
             codes = [process.wait() for process in processes]
+        sent = lab.sent_bytes(ranks - 1)
     failed = next((rank for rank, code in enumerate(codes) if code), None)
     if failed is not None:
         raise RuntimeError(
             f"rank {failed} ended with exit code {codes[failed]}: {(folder / f'{failed}.txt').read_text()[-1500:]}"
         )
+    return sent
 
 
 def steps_to(target: float, validations: list[dict[str, float]], key: str = "step") -> float | None:

@@ -274,7 +274,7 @@ def speed(
             if applied is not None:
                 apply_plan(loaded, applied)
             cache = DynamicCache(config=loaded.config) if applied is None else SpanCache(applied, loaded.config)
-            figures[name].append(_run(loaded, ids, tokens, cache))
+            figures[name].append(read_and_write(loaded, ids, tokens, cache))
     found: dict[str, float] = {}
     for name, turns in figures.items():
         for key in turns[0]:
@@ -304,7 +304,18 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _run(model: PreTrainedModel, ids: Tensor, tokens: int, cache: Any) -> dict[str, float]:
+def read_and_write(model: PreTrainedModel, ids: Tensor, tokens: int, cache: Any) -> dict[str, float]:
+    """Read contexts, and write tokens behind them greedily.
+
+    Args:
+        model: A causal language model.
+        ids: Token ids of the contexts [batch, tokens].
+        tokens: That are written.
+        cache: An empty ``SpanCache``, or a cache of ``transformers``.
+
+    Returns:
+        ``prefill_seconds``; ``tokens_per_second`` of writing, by the median token; ``cache_bytes`` in the end.
+    """
     begin = _now()
     logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     read = _now()

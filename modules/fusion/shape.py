@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from ...errors import InputError
+from ..span_attention.rules import refuse_plan
 from .layout import SUPPORTED
 
 _STEP = 64  # of intermediate sizes that a budget picks
@@ -45,14 +46,16 @@ class FusionShape:
             config: The large model's ``transformers`` config.
 
         Raises:
-            InputError: If the model is of an unknown architecture, a size is larger than the model's, heads do not divide, or
-                nothing becomes smaller; if layers are to be kept, and there are not so many or a width changes.
+            InputError: If the model is of an unknown architecture or has attention spans, a size is larger than the model's,
+                heads do not divide, or nothing becomes smaller; if layers are to be kept, and there are not so many or a width
+                changes.
         """
         if config.model_type not in SUPPORTED:
             raise InputError(
                 f"Models of the type {config.model_type!r} cannot be fused: where their weights read and write is not known. "
                 f"Legal: {', '.join(SUPPORTED)}."
             )
+        refuse_plan(config)
         sizes = {name: getattr(config, name) for name in SIZES}
         for name, size in sizes.items():
             wanted = getattr(self, name)

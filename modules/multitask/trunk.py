@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from ...errors import InputError, nearest
 from ..pretrained import Dtype, check_sizes, head_weight, load_config, load_encoder, load_model, load_tokenizer
+from ..span_attention.rules import refuse_plan
 from .objectives import Mask
 
 View = dict[str, Any]
@@ -185,6 +186,7 @@ def check_trunk(config: Any, fresh: dict[str, Any] | None = None) -> None:
             f"source: a {config.model_type} model cannot be the shared trunk. Legal: decoders ({', '.join(_DECODERS)}) and "
             f"encoders ({', '.join(_ENCODERS)})."
         )
+    refuse_plan(config)
     for name in fresh or {}:
         if not hasattr(config, name):
             raise InputError(f"fresh has {name!r}, which the model's config has not.{nearest(name, config.to_dict())}")

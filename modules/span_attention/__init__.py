@@ -4,7 +4,7 @@ Importing this makes ``from_pretrained`` apply the plan that a model's folder ca
 """
 
 from .cache import SpanCache
-from .rules import DENSE, NOTICE, SpanPlan, SpanRule, full_layers, plan_of
+from .rules import DENSE, NOTICE, SpanPlan, SpanRule, full_layers, plan_of, refuse_plan
 from .runtime import adopt_plan, apply_plan, load, remove_plan
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "full_layers",
     "load",
     "plan_of",
+    "refuse_plan",
     "remove_plan",
 ]

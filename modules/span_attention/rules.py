@@ -165,6 +165,15 @@ def plan_of(config: PreTrainedConfig) -> SpanPlan | None:
     return plan
 
 
+def refuse_plan(config: PreTrainedConfig) -> None:
+    """Raise an InputError for a model with a plan, where a method does not train through it."""
+    if getattr(config, CONFIG_KEY, None) is not None:
+        raise InputError(
+            "source: the model has attention spans, which this method cannot train through. Begin with the model that they were "
+            "made for, and give the result spans afterwards: fulgurite fit -c spans/compress."
+        )
+
+
 def full_layers(config: PreTrainedConfig) -> list[bool]:
     """Return which layers attend to everything; those with a sliding window of their own do not.
 

@@ -54,7 +54,18 @@ def inputs(tmp_path, text_file, documents_file, offsite):
     run([*capture, "--data.block_size=64", "--trainer.callbacks.store=labels", *QUIET])
     text = [f"--data.train={text_file}", "--data.block_size=64"]
     student = ["--model.student.keep_layers.count=2"]
+    calibration = (
+        f"--data.documents={documents_file}",
+        *("--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
+        "--data.answer_tokens=6",
+    )
+    tasks = f"--data.tasks={{text: {{class_path: TextTask, init_args: {{train: '{documents_file}', length: 48}}}}}}"
     return {
+        "compose/emulator": ['--model.emulator={"layers": 3, "identical": 1, "fused": null}', *text],
+        "compose/fuse": ["--data.store=labels", '--model.shape={"num_hidden_layers": 3}'],
+        "compose/multitask": [tasks],
+        "compose/spans": [*calibration],
+        "compose/two_ranks": ["--data.store=labels", "--trainer.devices=1", "--trainer.strategy=auto"],
         "distillation/capture": [*text, "--trainer.callbacks.store=others"],
         "distillation/student": [*student, "--data.store=labels"],
         "distillation/large": [*student, "--data.store=labels", "--trainer.strategy=auto"],
@@ -65,15 +76,9 @@ def inputs(tmp_path, text_file, documents_file, offsite):
         "language_model/finetune": text,
         "language_model/instruct": [f"--data.train={rows}"],
         "offsite/emulator": offsite["emulator"],
-        "multitask/train": [
-            f"--data.tasks={{text: {{class_path: TextTask, init_args: {{train: '{documents_file}', length: 48}}}}}}"
-        ],
+        "multitask/train": [tasks],
         **{f"offsite/{name}": [f"--data.train={rows}", *offsite[name]] for name in ("tune", "plug_in", "split")},
-        "spans/compress": [
-            f"--data.documents={documents_file}",
-            *("--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
-            "--data.answer_tokens=6",
-        ],
+        "spans/compress": [*calibration],
     }
 
 

@@ -48,6 +48,8 @@ def send(lab, size, tmp_path, during=lambda: None):
 def test_links_have_their_rate_and_change_it_while_they_run(tmp_path):
     with NetLab(2, "20mbit") as lab:
         slow = send(lab, 1_000_000, tmp_path)
+        assert 1_000_000 < lab.sent_bytes(0) < 1_200_000
+        assert lab.sent_bytes(1) < 100_000
         assert 0.3 < slow < 1.0  # 0.4 seconds, less what goes at once
         lab.set_rate("200mbit")
         assert send(lab, 1_000_000, tmp_path) < slow / 2

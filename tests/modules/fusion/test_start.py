@@ -49,6 +49,13 @@ def test_unknown_architecture_is_refused():
         FusionShape(num_hidden_layers=2).resolve(config)
 
 
+def test_attention_spans_are_refused_before_they_are_lost():
+    config = model_of("llama").config
+    config.span_plan = {}
+    with pytest.raises(InputError, match="has attention spans.*give the result spans afterwards"):
+        FusionShape(num_hidden_layers=2).resolve(config)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
 def test_a_budget_is_kept_and_used(kind):
     config = model_of(kind, intermediate_size=640, num_hidden_layers=LAYERS).config

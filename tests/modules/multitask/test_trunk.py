@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig
 
 from fulgurite.errors import InputError
 from fulgurite.modules.multitask import Trunk
@@ -85,6 +85,8 @@ def test_an_encoder_reads_as_it_does_alone(kind):
 def test_other_architectures_are_refused_by_name():
     with pytest.raises(InputError, match="a gpt2 model cannot be the shared trunk. Legal: decoders"):
         check_trunk(GPT2Config())
+    with pytest.raises(InputError, match="source: the model has attention spans"):
+        check_trunk(LlamaConfig(span_plan={}))
     assert isinstance(trunk_of("llama"), Trunk)
 
 

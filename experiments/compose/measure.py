@@ -1,0 +1,132 @@
+"""What models cost that several methods have made, one after another, beside the model that they come from."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from transformers import DynamicCache, PreTrainedModel
+
+from ...modules.pretrained import load_model
+from ...modules.span_attention.rules import SpanPlan, SpanRule
+from ...modules.spans import SpanCache, apply_plan, plan_of, remove_plan
+from ..gradient_pruning.measure import PRUNING, train_over_link
+from ..multitask.measure import Course
+from ..offsite.measure import rung
+from ..spans.measure import read_and_write
+
+_EXPORT = "fulgurite.callbacks.ExportPretrained"
+
+
+def running(*, seed: int, model: str, source: str, context: int, tokens: int, rounds: int) -> dict[str, float]:
+    """Read a context and write tokens behind it with a model and with its original, in turns, in float32.
+
+    A model without spans, as the original is, runs as ``transformers`` does it and by the spans' own runtime with heads that keep
+    everything; the faster one counts.
+
+    Args:
+        seed: Of the context's tokens.
+        model: Source of the model.
+        source: Source of the original.
+        context: Tokens before the first that is written.
+        tokens: Tokens that are written a turn.
+        rounds: Turns that are counted, behind one that is not.
+
+    Returns:
+        ``parameters``; ``cache_bytes`` behind the last token; ``tokens_per_second``; ``decode_speedup`` and
+        ``prefill_speedup`` against the original (medians of neighbours).
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = {name: load_model(name, "float32").to(device).eval() for name in (model, source)}  # type: ignore[arg-type]
+    sizes = [int(each.config.vocab_size) for each in loaded.values()]
+    ids = torch.randint(0, min(sizes), (1, context), generator=torch.Generator().manual_seed(seed))
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in loaded}
+    for _ in track(range(rounds + 1), description=f"{context} tokens"):
+        for name, each in loaded.items():
+            turns[name].append(_turn(each, ids, tokens))
+    pairs = list(zip(turns[model][1:], turns[source][1:]))
+    return {
+        "parameters": sum(part.numel() for part in loaded[model].parameters()),
+        "cache_bytes": pairs[0][0]["cache_bytes"],
+        "tokens_per_second": statistics.median(own["tokens_per_second"] for own, _ in pairs),
+        "decode_speedup": statistics.median(own["tokens_per_second"] / other["tokens_per_second"] for own, other in pairs),
+        "prefill_speedup": statistics.median(other["prefill_seconds"] / own["prefill_seconds"] for own, other in pairs),
+    }
+
+
+def _turn(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> dict[str, float]:
+    plan = plan_of(model.config)
+    if plan is not None:
+        return read_and_write(model, ids, tokens, SpanCache(plan, model.config))
+    plain = read_and_write(model, ids, tokens, DynamicCache(config=model.config))
+    whole = SpanPlan.same(SpanRule(0, 1.0), model.config)
+    apply_plan(model, whole)
+    own = read_and_write(model, ids, tokens, SpanCache(whole, model.config))
+    remove_plan(model)
+    return {
+        "prefill_seconds": min(plain["prefill_seconds"], own["prefill_seconds"]),
+        "tokens_per_second": max(plain["tokens_per_second"], own["tokens_per_second"]),
+        "cache_bytes": plain["cache_bytes"],
+    }
+
+
+def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit: str, folder: str) -> dict[str, float]:
+    """Distil a model on ranks whose gradients go over a slow link.
+
+    Args:
+        seed: Of the order of the data.
+        pruned: Prune the gradients; else all of them are sent.
+        link: A key of ``gradient_pruning.measure.LINKS``.
+        ranks: Number of ranks.
+        steps: Optimizer steps.
+        fit: More words for ``fit -c compose/two_ranks``, separated by spaces.
+        folder: Where the trained model goes.
+
+    Returns:
+        ``step_seconds``, the median of the steps behind the warm-up, and ``sent_bytes``, what a rank sends in a step, headers and
+        all.
+    """
+    callbacks: list[dict[str, Any]] = [{"class_path": _EXPORT, "init_args": {"folder": folder, "dtype": "float32"}}]
+    if pruned:
+        settings = {"policy": {"class_path": "Adaptive"}, "warmup": 2}
+        callbacks.append({"class_path": PRUNING, "init_args": settings})
+    log = train_over_link("compose/two_ranks", callbacks, link, ranks, steps, seed, fit.split())
+    seconds = [step["seconds"] for step in log["steps"][3:]]
+    return {"step_seconds": statistics.median(seconds), "sent_bytes": log["sent_bytes"] / steps}
+
+
+def offsite(*, emulator: str, **settings: Any) -> dict[str, float]:
+    """Tune a prefix on an emulator and plug it into the whole model.
+
+    Args:
+        emulator: Folder of the emulator.
+        settings: As for ``offsite.measure.rung``.
+
+    Returns:
+        ``accuracy`` of the whole model with the prefix; ``parameters`` of the emulator; ``fetched_bytes``, its files.
+    """
+    found = rung(emulator=emulator, kind="plug-in", **settings)
+    files = sum(file.stat().st_size for file in Path(emulator).iterdir() if file.is_file())
+    return {"accuracy": found["accuracy"], "parameters": _parameters(emulator), "fetched_bytes": files}
+
+
+def tasks(*, source: str, names: str, **course: Any) -> dict[str, float]:
+    """Train a model on several tasks by feature-level weighting.
+
+    Args:
+        source: The trunk.
+        names: Names of the tasks, with commas.
+        course: As for ``multitask.measure.Course``.
+
+    Returns:
+        ``accuracy``, the mean over the tasks' test rows; ``parameters`` of the trunk, with its head.
+    """
+    own = Course(source, tasks=names, **course)
+    found = own.run(own.names, "features")
+    accuracy = statistics.fmean(found[f"test_{name}"] for name in own.names)
+    return {"accuracy": accuracy, "parameters": _parameters(source)}
+
+
+def _parameters(source: str) -> int:
+    return sum(part.numel() for part in load_model(source, "bfloat16").parameters())
