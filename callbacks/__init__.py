@@ -9,6 +9,7 @@ from .soft_label_writer import SoftLabelWriter
 from .task_schedule import TaskSchedule
 from .text_writer import TextWriter
 from .token_rate import TokenRate
+from .train_progress import TrainProgress
 from .train_until import TrainUntilCondition
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "TaskSchedule",
     "TextWriter",
     "TokenRate",
+    "TrainProgress",
     "TrainUntilCondition",
 ]

@@ -14,7 +14,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -146,7 +146,11 @@ class FulguriteCLI(LightningCLI):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"trainer: {str(error).strip().splitlines()[0]}") from error
-        trainer.callbacks.insert(0, self.token_rate)  # type: ignore[attr-defined]
+        shown = callbacks.TrainProgress()
+        trainer.callbacks = [  # type: ignore[attr-defined]
+            self.token_rate,
+            *(shown if type(each) is RichProgressBar else each for each in trainer.callbacks),  # type: ignore[attr-defined]
+        ]
         return trainer
 
     def instantiate_classes(self) -> None:
