@@ -18,6 +18,7 @@ class RankLost(RuntimeError):
 def nearest(name: str, legal: Iterable[str]) -> str:
     """Return the end of an error message: the legal names closest to ``name`` first, then the rest."""
     names = list(legal)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    single = [one for one in names if " " not in one]  # the others describe what is legal
+    close = difflib.get_close_matches(name, single, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"{hint} Legal: {', '.join(names)}."

@@ -5,6 +5,7 @@ from .export_prefix import ExportPrefix
 from .export_pretrained import ExportPretrained
 from .gradient_pruning import Adaptive, FixedRate, GradientPruning, PruningPolicy, PublishedRule
 from .loss_rate import LossRateWindow
+from .newest_checkpoint import NewestCheckpoint
 from .soft_label_writer import SoftLabelWriter
 from .task_schedule import TaskSchedule
 from .text_writer import TextWriter
@@ -20,6 +21,7 @@ __all__ = [
     "FixedRate",
     "GradientPruning",
     "LossRateWindow",
+    "NewestCheckpoint",
     "PruningPolicy",
     "PublishedRule",
     "SoftLabelWriter",

@@ -130,7 +130,9 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{source}, line {number}: no JSON ({error}). A .jsonl file has one object a line.") from None
+                    raise DataError(
+                        f"{source}, line {number}: no JSON ({error.msg}, column {error.colno}). A .jsonl has an object a line."
+                    ) from None
                 if not isinstance(row, dict):
                     raise DataError(f"{source}, line {number}: a {type(row).__name__}, not an object.")
                 yield row

@@ -28,7 +28,8 @@ from ..process_group import leave_group_at_exit
 from .configs import resolve_config
 from .environment import environment
 from .main import COMMANDS
-from .runs import DEFAULTS, flag_values, new_run_name, resolve_last
+from .parsing import BriefErrors
+from .runs import DEFAULTS, flag_values, holds_run, new_run_name, resolve_last
 
 # A resumed run may differ in these: they change how the same numbers are computed, or what is done with them.
 _FREE_TO_CHANGE = {"compile", "gradient_checkpointing", "loss_chunk_tokens", "attn_implementation", "generation"}
@@ -68,6 +69,10 @@ def other_parsers() -> dict[str, ArgumentParser]:
         parsers[name].add_function_arguments(getattr(module, name))
     parsers["report"].add_argument("--write", action="store_true", help="Fill the tables of the documents.")
     return parsers
+
+
+class _Parser(BriefErrors, LightningArgumentParser):
+    """LightningCLI's parser with brief errors."""
 
 
 class FulguriteCLI(LightningCLI):
@@ -134,12 +139,9 @@ class FulguriteCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer", default={})
         if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
-        kept = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("export")]
-        if self.subcommand == "fit" and not config.get("ckpt_path") and kept and "LOCAL_RANK" not in os.environ:
-            raise InputError(
-                f"--run {name!r}: {folder} holds a run already and is left as it is. Go on with it by --ckpt_path last, or "
-                "give another name."
-            )
+        if self.subcommand == "fit" and not config.get("ckpt_path") and "LOCAL_RANK" not in os.environ and holds_run(folder):
+            further = "Go on with it by --ckpt_path last, or give" if list(folder.glob("checkpoints/*.ckpt")) else "Give"
+            raise InputError(f"--run {name!r}: {folder} holds a run already and is left as it is. {further} another name.")
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -242,6 +244,7 @@ def run(words: list[str], *, callbacks: list[Callback] | None = None) -> Fulguri
         os.environ.pop(_RUN_VARIABLE, None)  # of a run before this one
     FulguriteCLI.completing = words[0].startswith("--print_completion")
     return FulguriteCLI(
+        parser_class=_Parser,
         parser_kwargs={"prog": "fulgurite"},
         save_config_callback=RunRecord,
         save_config_kwargs={"command": words},
@@ -274,6 +277,7 @@ def parse(words: list[str]) -> Namespace:
     with redirect_stderr(io.StringIO()) as said:
         try:
             cli = _ParsedOnly(
+                parser_class=_Parser,
                 parser_kwargs={"prog": "fulgurite"},
                 save_config_callback=None,
                 seed_everything_default=0,
@@ -281,7 +285,7 @@ def parse(words: list[str]) -> Namespace:
                 args=_resolved(words),
             )
         except SystemExit:
-            raise InputError(said.getvalue().strip().rpartition("error: ")[2]) from None
+            raise InputError(said.getvalue().partition(": ")[2].partition("\nAll options")[0]) from None
     return cli.config[words[0]]
 
 

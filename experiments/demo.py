@@ -25,6 +25,7 @@ from .cli import quiet, run
 from .distillation.compare import Comparison, compare
 from .environment import environment
 from .evaluation.generate import continue_text
+from .parsing import Parser
 
 STUDENTS = {"hard": ("hard labels", 0.0), "half": ("half soft labels", 0.5)}
 PROMPT = "Return a new array of given shape and type,"
@@ -133,7 +134,7 @@ def _train(root: Path, name: str, weight: float, source: str, layers: int, store
     noted = folder / "trained.json"
     words = ["fit", "-c", "distillation/student", "--model.source", source, f"--model.student.keep_layers.count={layers}"]
     words += [f"--model.soft_weight={weight}", f"--data.store={store}", "--data.val_fraction=0", *common, "--run", name]
-    words += ["--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 20}}, ExportPretrained]"]
+    words += ["--trainer.callbacks=[{class_path: NewestCheckpoint, init_args: {every_n_train_steps: 20}}, ExportPretrained]"]
     if not noted.is_file():
         if list(folder.glob("checkpoints/*.ckpt")):
             words.append("--ckpt_path=last")
@@ -198,4 +199,4 @@ def _show(root: Path, summary: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
     """Run the demo with the words of a command line."""
     quiet()
-    auto_cli(demo, args=arguments, prog="fulgurite demo", as_positional=False)
+    auto_cli(demo, args=arguments, prog="fulgurite demo", as_positional=False, parser_class=Parser)

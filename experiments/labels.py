@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..modules.distillation.alignment import Spelling, VocabularyAlignment
 from ..modules.pretrained import load_tokenizer
 from ..modules.tokens import token_bytes
+from .parsing import Parser
 
 
 def stats(store: str, *, picture: str | None = None) -> None:
@@ -117,4 +118,4 @@ def main(arguments: list[str]) -> None:
     # --teacher-tokenizer is as good as --teacher_tokenizer
     words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     by_name = words[:1] in (["align"], ["import"])  # of several things alike, which is which is said
-    auto_cli(_COMMANDS, args=words, prog="fulgurite labels", as_positional=not by_name)
+    auto_cli(_COMMANDS, args=words, prog="fulgurite labels", as_positional=not by_name, parser_class=Parser)

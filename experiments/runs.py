@@ -9,6 +9,7 @@ import yaml
 
 from ..errors import InputError, nearest
 
+_BEGINNINGS = ("config*.yaml", "environment*.json", "hparams.yaml", "events.out.tfevents.*")
 DEFAULTS = {"runs_folder": "runs", "experiment": "default"}
 
 
@@ -39,6 +40,11 @@ def setting(words: list[str], name: str) -> Any:
     return value
 
 
+def holds_run(folder: Path) -> bool:
+    """Return whether a run's folder holds more than what every start of a run writes: the config, the log."""
+    return any(file.is_file() and not any(map(file.match, _BEGINNINGS)) for file in folder.rglob("*"))
+
+
 def resolve_last(words: list[str]) -> list[str]:
     """Replace ``--ckpt_path last`` by the newest checkpoint of a run, and continue that run's folder.
 
@@ -66,8 +72,8 @@ def resolve_last(words: list[str]) -> list[str]:
     found = [file for folder in folders for file in (folder / "checkpoints").glob("*.ckpt")]
     if not found:
         raise InputError(
-            f"--ckpt_path last: there is no checkpoint in {experiment / name if name else experiment}. Start the run without "
-            "--ckpt_path, or name the run with --experiment and --run."
+            f"--ckpt_path last: there is no checkpoint in {experiment / name if name else experiment}. "
+            + ("Start a run anew, under another name." if name else "Name the run with --experiment and --run.")
         )
     newest = max(found, key=lambda file: file.stat().st_mtime_ns)
     folder = newest.parent.parent

@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 from ..errors import InputError, nearest
 from .cli import parse, quiet
 from .configs import resolve_config
+from .parsing import Parser
 from .study import Choice, Range, Study, console, optuna, setting_word
 
 
@@ -149,4 +150,4 @@ def main(arguments: list[str]) -> None:
     for place, word in enumerate(words):
         if word in ("-c", "--config") and place + 1 < len(words):
             words[place : place + 2] = ["--config", resolve_config(words[place + 1])]
-    auto_cli(sweep, args=words, prog="fulgurite sweep", as_positional=False)
+    auto_cli(sweep, args=words, prog="fulgurite sweep", as_positional=False, parser_class=Parser)

@@ -32,7 +32,7 @@ LARGE = {  # what stands in commands, and what does for the tiny model
 }
 BRANCHES = json.dumps(
     [
-        {"class_path": "ModelCheckpoint", "init_args": {"filename": "newest", "every_n_train_steps": 1}},
+        "NewestCheckpoint",
         {"class_path": "ExportBranches"},
     ]
 )

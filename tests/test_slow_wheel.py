@@ -1,5 +1,6 @@
-"""The wheel, in an empty environment outside the checkout; the sdist."""
+"""The wheel with all six methods, in an empty environment outside the checkout; the sdist."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import prose
+from .test_pages import made_small
+
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = {  # the commands of a method, and what they leave
+    "distillation": (
+        ["predict -c distillation/capture --data.train text.txt --run labels", "fit -c distillation/student --run small"],
+        "runs/distillation/small/export",
+    ),
+    "fusion": (["fit -c fusion/compress --data.train text.txt --run small"], "runs/fusion/small/export"),
+    "spans": (["fit -c spans/compress --run quick"], "runs/spans/quick/export"),
+    "gradient pruning": (
+        ["fit -c gradient_pruning/train --data.train text.txt --run small"],
+        "runs/gradient-pruning/small/export",
+    ),
+    "offsite": (
+        [
+            "owner demo --model random:tiny --text text.txt --task rows.jsonl --candidates [y,n] --layers 3 --cut 1 --rows 12 "
+            "--val_rows 4 --emulator_steps 2 --tune_steps 2 --split_steps 2 --folder demo"
+        ],
+        "demo/summary.json",
+    ),
+    "multitask": (["fit -c multitask/train --run small"], "runs/multitask/small/export/text/next_words"),
+}
 
 
 def run(*words, **settings):
@@ -18,7 +42,7 @@ def run(*words, **settings):
 
 
 @pytest.mark.slow
-def test_wheel_works_in_an_empty_environment(tmp_path):
+def test_every_method_of_the_wheel_works_in_an_empty_environment(tmp_path):
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
@@ -27,14 +51,17 @@ def test_wheel_works_in_an_empty_environment(tmp_path):
     assert {"tests/conftest.py", "docs/distillation.md", "Makefile", "README.md", "LICENSE"} <= names
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     binaries = tmp_path / "venv" / "bin"
-    run(binaries / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+    run(binaries / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[offsite]")
     away = tmp_path / "away"
     away.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings = {"cwd": away, "env": {**environment, "FULGURITE_CACHE": str(tmp_path / "cache")}}
     assert "usage: fulgurite" in run(binaries / "fulgurite", "--help", **settings)
     assert "distillation/student" in run(binaries / "fulgurite", "configs", **settings)
-    (away / "text.txt").write_text("Sand melts where the lightning goes down. " * 100)
-    words = ["fit", "-c", "language_model/finetune", "--model.source=random:tiny", "--data.train=text.txt"]
-    words += ["--data.block_size=64", "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
-    assert "stopped" in run(binaries / "fulgurite", *words, **settings)
+    (away / "text.txt").write_text(prose(4000))
+    rows = [json.dumps({"prompt": f"{n}?", "response": "yn"[n % 2]}) + "\n" for n in range(20)]
+    (away / "rows.jsonl").write_text("".join(rows))
+    for method, (commands, found) in METHODS.items():
+        for words in map(str.split, commands):
+            run(binaries / "fulgurite", *(words if words[0] == "owner" else made_small(words)), **settings)
+        assert (away / found).exists(), method

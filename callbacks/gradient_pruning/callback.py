@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import InputError, RankLost
 from ...process_group import leave_group_at_exit
+from ..newest_checkpoint import NewestCheckpoint
 from .adaptive import Adaptive
 from .hook import DenseFormat, GradientExchange
 from .policy import Measurement, PruningPolicy
@@ -186,6 +187,8 @@ class GradientPruning(Callback):
             return True
         per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, NewestCheckpoint) and done % callback.every_n_train_steps == 0:
+                return True
             if not isinstance(callback, ModelCheckpoint):
                 continue
             every = callback._every_n_train_steps

@@ -27,7 +27,8 @@ from ...modules.pretrained import model_fingerprint
 from ..cli import quiet, run
 from ..environment import environment
 from .check import measuring
-from .plan import code_version, fill
+from .fingerprints import code_version
+from .plan import fill
 from .results import check_result
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from ...errors import InputError
+from ..parsing import Parser
 from .grid import Grid, console
 from .plan import SMOKE, load_benchmark
 
@@ -87,7 +88,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] and not arguments[0].startswith("-"):
         arguments = ["--name", *arguments]
     try:
-        auto_cli(benchmark, args=arguments, prog="fulgurite benchmark", as_positional=False)
+        auto_cli(benchmark, args=arguments, prog="fulgurite benchmark", as_positional=False, parser_class=Parser)
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on.")
         sys.exit(130)

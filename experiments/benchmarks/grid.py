@@ -20,7 +20,8 @@ from rich.table import Table
 
 from ...errors import InputError
 from ...files import write_json
-from .plan import Benchmark, Job, code_version, fill, in_order
+from .fingerprints import code_version
+from .plan import Benchmark, Job, fill, in_order
 from .results import load_results
 
 console = Console()

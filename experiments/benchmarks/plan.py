@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import yaml
 
 from ...errors import InputError, nearest
 from ..configs import data_folder, resolve_config
+from .fingerprints import code_version, content_hash, exists
 from .schema import SCHEMA
 
 EXPERIMENTS = Path(__file__).parent.parent
-PACKAGE = EXPERIMENTS.parent
 SMOKE = "smoke"  # the scale whose results are thrown away
 _PLACE = re.compile(r"\{([\w.-]+)\}")
 
@@ -169,7 +168,7 @@ class Benchmark:
             "code": code_version(),
         }
         if self.file is not None:  # methods of the user's own lie beside it
-            content["own"] = {path.name: _hash(path) for path in sorted(self.file.parent.glob("*.py"))}
+            content["own"] = {path.name: content_hash(path) for path in sorted(self.file.parent.glob("*.py"))}
         job.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def _data_hashes(self, job: Job) -> dict[str, str]:
@@ -180,14 +179,14 @@ class Benchmark:
                 continue
             named = value.startswith("{data}/")
             path = Path(self.constants["data"]) / value.removeprefix("{data}/") if named else Path(value)
-            if not named and not _exists(path):
+            if not named and not exists(path):
                 continue  # a number, or a source that is no file
-            if not _exists(path):
+            if not exists(path):
                 raise InputError(
                     f"{name}={str(path)!r} of benchmark {self.name!r} is not there. Name the folder of the data with --data, or "
                     f"your own with --set.{name}."
                 )
-            hashes[value] = _hash(path)
+            hashes[value] = content_hash(path)
         return hashes
 
     def _product(self, name: str, seed: int) -> Job:
@@ -320,32 +319,6 @@ def load_benchmark(
             raise InputError(f"--set.{key}: scale {scale!r} of benchmark {name!r} has no such setting.{nearest(key, constants)}")
         constants[key] = str(value)
     return Benchmark(name, scale, spec, {**constants, "data": str(data_folder(data))}, own)
-
-
-@cache
-def code_version() -> str:
-    """Return a hash of the package's Python sources; it does not change with documents, tests and results."""
-    digest = hashlib.sha256()
-    for folder in ("modules", "datamodules", "callbacks", "experiments"):
-        for path in sorted((PACKAGE / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a setting too long for a path
-        return False
-
-
-@cache
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file():
-            digest.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def fill(text: str, values: dict[str, str], where: str) -> str:

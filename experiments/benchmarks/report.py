@@ -9,24 +9,27 @@ from jsonargparse import auto_cli
 
 from ...errors import InputError
 from ...files import write_atomic
-from .plan import EXPERIMENTS, PACKAGE, available, load_benchmark
+from ..parsing import Parser
+from .fingerprints import PACKAGE
+from .plan import EXPERIMENTS, available, load_benchmark
 from .plots import draw
 from .results import load_results
-from .tables import comma_separated, latex, make_table, markdown
+from .tables import comma_separated, latex, make_table, markdown, shortened
 
 _DOCUMENTS = ("README.md", "docs/*.md")
-_MARKER = re.compile(r"(<!-- report:(\S+) -->\n).*?(<!-- /report -->)", re.DOTALL)
+_MARKER = re.compile(r"(<!-- report:(\S+)( short)? -->\n).*?(<!-- /report -->)", re.DOTALL)
 _SWEEP = re.compile(r"(<!-- sweep:(\S+) -->\n).*?(<!-- /sweep -->)", re.DOTALL)
 
 _FORMATS = {"markdown": markdown, "latex": latex, "csv": comma_separated}
 
 
 def fill(text: str) -> str:
-    """Return a document with all its marked tables made anew: ``report:<benchmark>`` and ``sweep:<method>``."""
+    """Return a document with its marked tables made anew: ``report:<benchmark>`` (or with `` short``) and ``sweep:<method>``."""
 
     def table(match: re.Match[str]) -> str:
         plan = load_benchmark(match[2])
-        return f"{match[1]}\n{markdown(make_table(plan, load_results(plan.results)))}\n{match[3]}"
+        whole = make_table(plan, load_results(plan.results))
+        return f"{match[1]}\n{markdown(shortened(whole, plan) if match[3] else whole)}\n{match[4]}"
 
     text = _MARKER.sub(table, text)
     return _SWEEP.sub(lambda match: f"{match[1]}\n{sweep_table(match[2])}\n{match[3]}", text)
@@ -121,4 +124,4 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"report of what? Legal: --write, or one of {', '.join(available())}.")
     if not arguments[0].startswith("-"):
         arguments = ["--name", *arguments]
-    auto_cli(report, args=arguments, prog="fulgurite report", as_positional=False)
+    auto_cli(report, args=arguments, prog="fulgurite report", as_positional=False, parser_class=Parser)

@@ -4,6 +4,7 @@ from typing import Any
 
 _NAME = {"type": "string", "pattern": r"^[a-z0-9][a-z0-9_.-]*$"}
 
+_NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _SETTINGS = {"type": "object"}
 _STEP = {
     "command": {"enum": ["fit", "validate", "test", "predict", "evaluate", "measure"]},
@@ -54,6 +55,7 @@ SCHEMA = _mapping(
             {
                 "baseline": {"type": "string"},
                 "goal": {"type": "string"},
+                "short": _mapping({"rows": _NAMES, "columns": _NAMES}, "rows", "columns"),
                 "columns": _named(
                     _mapping(
                         {

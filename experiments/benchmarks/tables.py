@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InputError, nearest
-from .plan import Benchmark
+from .plan import EXPERIMENTS, Benchmark
+from .results import load_results
 
 
 @dataclass
@@ -112,6 +113,24 @@ def make_table(plan: Benchmark, results: list[dict[str, Any]], *, mixed: bool = 
     return table
 
 
+def shortened(table: Table, plan: Benchmark) -> Table:
+    """Return the rows and columns of a table that its benchmark names under ``report.short``; what is bold stays so.
+
+    Raises:
+        InputError: If it names none, or some that are not there.
+    """
+    short = plan.spec["report"].get("short")
+    if short is None:
+        raise InputError(f"report:{plan.name} short: the benchmark has no report.short, with the rows and columns to show.")
+    rows = {row.variant: row for row in table.rows}
+    for key, names, known in (("rows", short["rows"], list(rows)), ("columns", short["columns"], list(table.columns))):
+        for name in names:
+            if name not in known:
+                raise InputError(f"report.short.{key} of benchmark {plan.name!r}: {name!r} is not there.{nearest(name, known)}")
+    columns = {key: table.columns[key] for key in short["columns"]}
+    return Table(columns, [rows[name] for name in short["rows"]], table.remarks)
+
+
 def _where(plan: Benchmark, results: list[dict[str, Any]]) -> str:
     environment = results[0]["environment"]
     machine = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['threads']} threads"
@@ -119,6 +138,14 @@ def _where(plan: Benchmark, results: list[dict[str, Any]]) -> str:
     spread = "Mean ± standard deviation over n seeds; bold where the best leads by more than that. " if seeds > 1 else ""
     equal = f"Compared at equal {plan.spec['equal']}. " if len(plan.spec["variants"]) > 1 and "equal" in plan.spec else ""
     return f"{spread}{equal}{results[0]['run'].get('note', '')} Measured on {machine}; commit {str(environment['commit'])[:10]}."
+
+
+def _committed(plan: Benchmark, environments: list[dict[str, Any]]) -> set[str]:
+    """Return the versions of the sources that clean checkouts had, by this benchmark's results and those of its experiment."""
+    experiment = EXPERIMENTS / plan.name.partition("/")[0] / "results"
+    folders = {file.parent for file in experiment.rglob("*.json")} if plan.file is None else set()
+    others = [result["environment"] for folder in folders if folder != experiment for result in load_results(folder)]
+    return {environment["code"] for environment in [*environments, *others] if environment["clean"]}
 
 
 def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> list[str]:
@@ -129,8 +156,8 @@ def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> li
     if len(versions) > 1:
         found.append(f"results of {len(versions)} code versions ({', '.join(sorted(map(str, versions)))})")
     # The sources of a changed checkout are a commit's where a clean one had the same; settings are compared below.
-    committed = {environment["code"] for environment in environments if environment["clean"]}
-    if any(environment["clean"] is False and environment["code"] not in committed for environment in environments):
+    changed = {environment["code"] for environment in environments if environment["clean"] is False}
+    if changed and not changed <= _committed(plan, environments):
         found.append("results of a checkout with uncommitted changes")
     words = {cell.name: [step.words() for step in cell.steps] for cell in plan.cells(sorted({r["run"]["seed"] for r in results}))}
     names = {f"{result['run']['variant']}-{result['run']['seed']}": result["run"]["commands"] for result in results}

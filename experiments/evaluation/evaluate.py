@@ -17,6 +17,7 @@ from ...files import write_json
 from ...modules.pretrained import Dtype, load_model, load_tokenizer, model_fingerprint, resolve_source
 from ..configs import data_folder
 from ..environment import environment
+from ..parsing import Parser
 from .humaneval import NAME, find_problems, human_eval
 
 TASKS = Path(__file__).parent / "tasks"
@@ -130,7 +131,7 @@ def _run_harness(harness: _Harness, causal: Any, specs: list[Any], limit: int | 
 
 def evaluate_words(words: list[str]) -> dict[str, float]:
     """Return the metrics for the options of a command line."""
-    return auto_cli(evaluate, args=words, prog="fulgurite evaluate", as_positional=False)
+    return auto_cli(evaluate, args=words, prog="fulgurite evaluate", as_positional=False, parser_class=Parser)
 
 
 def main(arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ from ...errors import InputError
 from ...modules.language_model import GenerationSettings
 from ...modules.offsite import OffsitePrefixTuning, OwnerAccess, behind_prefix
 from ...modules.pretrained import Dtype, load_model, load_tokenizer
+from ..parsing import Parser
 from .candidates import score_candidates
 from .code_execution import run_code
 from .templates import Task, template
@@ -197,4 +198,4 @@ def main(arguments: list[str]) -> None:
     """Run ``generate`` with the words of a command line."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fulgurite").setLevel(logging.INFO)  # such as: this model has spans
-    auto_cli(generate, args=arguments, prog="fulgurite generate", as_positional=False)
+    auto_cli(generate, args=arguments, prog="fulgurite generate", as_positional=False, parser_class=Parser)

@@ -20,7 +20,7 @@ from ...errors import InputError, nearest
 from ...files import atomic_folder, cache_folder, digest, write_json
 from ...modules import FeatureWeighting, MultiTask, WarmupCosine
 from ...modules.multitask import LeastSquaresProjector
-from ..benchmarks.plan import code_version
+from ..benchmarks.fingerprints import code_version
 from ..measuring import extra_memory, pairs
 
 COMBINATIONS: dict[str, Callable[[int], Any]] = {

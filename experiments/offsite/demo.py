@@ -166,11 +166,14 @@ def _tell(who: str, words: list[str]) -> None:
 def _run(who: str, words: list[str], root: Path) -> str:
     """Run a command as a process of its own; return what it printed."""
     _tell(who, words)
+    begin = time.perf_counter()
     done = subprocess.run(_command(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_one_thread())
+    console.print(f"{who}: {words[0]} took {time.perf_counter() - begin:.0f} s", highlight=False)
     with open(root / f"{who}.log", "a") as output:
         output.write(done.stdout)
     if done.returncode:
-        raise InputError(f"{who} failed with status {done.returncode}; {root / who}.log says why: {done.stdout[-500:]}")
+        last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
+        raise InputError(f"{who} failed with status {done.returncode}. The last line of {root / who}.log: {last}")
     return done.stdout
 
 

@@ -19,7 +19,7 @@ from ...modules.offsite.owner import OwnerLayers
 from ...modules.offsite.prefix import LayerMap
 from ...modules.offsite.remote import LocalOwner
 from ...modules.pretrained import load_model
-from ..benchmarks.plan import code_version
+from ..benchmarks.fingerprints import code_version
 from .baselines import PeftTuning
 from .tasks import CANDIDATES
 

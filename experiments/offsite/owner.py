@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
 from rich.progress import Progress
 
@@ -19,24 +20,27 @@ from ...modules.offsite.owner import OwnerLayers
 from ...modules.offsite.server import OwnerServer
 from ...modules.offsite.texts import OwnerTexts
 from ...modules.pretrained import Dtype, load_config, load_model, model_fingerprint
+from ..parsing import Parser
 from .demo import demo
 from .federation.trial import federate
 
 log = logging.getLogger(__name__)
 
 
-def certificates(folder: str, hosts: list[str], parties: list[str], *, days: float = 30) -> None:
-    """Make a certificate for the owner and a token for each party, for a trial.
+def certificates(folder: str, parties: list[str], hosts: list[str] = [], *, days: float = 30) -> None:  # noqa: B006  (read only)
+    """Make a certificate for the owner and a token for each party, for a trial; without hosts, add parties to those in a folder.
 
     Args:
         folder: Where ``owner.crt`` (for everyone), ``owner.key`` and ``tokens.json`` (for the owner), and a ``.token`` file for
             each party are written.
-        hosts: Names or addresses at which parties reach the owner, ``[owner.example.org,10.0.0.7]``.
         parties: Names of the parties, ``[north,south]``.
+        hosts: Names or addresses at which parties reach the owner, ``[owner.example.org,10.0.0.7]``.
         days: For which the certificate is good.
     """
     make_certificates(Path(folder), hosts=hosts, parties=parties, days=days)
     print(f"{folder}: keep owner.key and tokens.json; give each party owner.crt and its .token file")
+    if not hosts:
+        print("Start the owner again, so that it reads the tokens of the new parties.")
 
 
 def serve(
@@ -84,6 +88,10 @@ def serve(
             f"cut={cut}: legal are 1 to {most}, {'the emulator' if offered else 'the model'} has no other layers for that."
         )
     known = _tokens(tokens)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch built without CUDA fails by an assertion
+        raise InputError(f"device={device!r} is not here ({error}). Legal: cpu, or a GPU of this machine.") from error
     whole = load_model(model, weights)
     fingerprint = model_fingerprint(whole)
     if offered is not None and offered.manifest.model != fingerprint:
@@ -143,4 +151,4 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fulgurite").setLevel(logging.INFO)
     words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
-    auto_cli(_COMMANDS, args=words, prog="fulgurite owner", as_positional=False)
+    auto_cli(_COMMANDS, args=words, prog="fulgurite owner", as_positional=False, parser_class=Parser)

@@ -14,35 +14,40 @@ from ...files import write_atomic
 def make_certificates(folder: Path, *, hosts: list[str], parties: list[str], days: float = 30) -> None:
     """Write ``owner.crt`` (for everyone), ``owner.key`` and ``tokens.json`` (for the owner), and ``<party>.token`` each.
 
+    Without hosts, tokens of further parties are added to a folder that has a certificate.
+
     Args:
         folder: To write to.
-        hosts: Names or addresses at which parties will reach the owner.
+        hosts: Names or addresses at which parties will reach the owner; none to add parties.
         parties: Names of the parties.
         days: For which the certificate is good.
 
     Raises:
-        InputError: If a file is there already, or there is no host or party.
+        InputError: If a file is there already, there is no party, or no host for a new certificate.
     """
     folder = Path(folder)
-    if not hosts or not parties or len(set(parties)) < len(parties) or not all(name.isidentifier() for name in parties):
-        raise InputError(
-            f"hosts={hosts}, parties={parties}: each needs one or more; names of parties are letters, digits and _, each once."
-        )
-    names = ["owner.crt", "owner.key", "tokens.json", *(f"{party}.token" for party in parties)]
+    if not parties or len(set(parties)) < len(parties) or not all(name.isidentifier() for name in parties):
+        raise InputError(f"parties={parties}: give one or more; their names are letters, digits and _, each once.")
+    if not hosts and not (folder / "tokens.json").is_file():
+        raise InputError(f"hosts={hosts}: a new certificate needs a name or address at which parties reach the owner.")
+    names = [*(("owner.crt", "owner.key", "tokens.json") if hosts else ()), *(f"{party}.token" for party in parties)]
     there = [name for name in names if (folder / name).exists()]
     if there:
-        raise InputError(f"{folder} has {', '.join(there)} already. Give another folder, or delete them.")
-    certificate, secret = _self_signed(hosts, days)
+        raise InputError(f"{folder} has {', '.join(there)} already. Give another folder, or add parties without hosts.")
     tokens = {party: secrets.token_urlsafe(32) for party in parties}
-    write_atomic(folder / "owner.crt", certificate)
+    known = {} if hosts else json.loads((folder / "tokens.json").read_text("utf-8"))
+    certificate, secret = _self_signed(hosts, days) if hosts else (b"", b"")
     mask = os.umask(0o077)  # nobody else may read these, not even for a moment
     try:
-        write_atomic(folder / "owner.key", secret)
-        write_atomic(folder / "tokens.json", json.dumps(tokens, indent=2) + "\n")
+        if hosts:
+            write_atomic(folder / "owner.key", secret)
+        write_atomic(folder / "tokens.json", json.dumps({**known, **tokens}, indent=2) + "\n")
         for party, token in tokens.items():
             write_atomic(folder / f"{party}.token", token + "\n")
     finally:
         os.umask(mask)
+    if hosts:
+        write_atomic(folder / "owner.crt", certificate)
 
 
 def _self_signed(hosts: list[str], days: float) -> tuple[bytes, bytes]:

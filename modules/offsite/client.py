@@ -1,7 +1,10 @@
 """A party's side of the owner's service: calls that are asked again until they are answered."""
 
 import logging
+import re
+import ssl
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,19 @@ from .protocol import OUTPUTS, SERVICE, TOKEN_KEY, SplitShape, head_fields, load
 log = logging.getLogger(__name__)
 _PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0)  # seconds before a call is asked again; the last one goes on
 
+_SAY_AGAIN = 15.0  # seconds between two lines about an owner that does not answer
+_DISTRUST = re.compile("CERTIFICATE_VERIFY_FAILED|Hostname Verification|security handshaker|WRONG_VERSION_NUMBER")
 _NO_SHAPE = SplitShape(1, 1, 1)  # of calls that have nothing of the model's sizes
+
+
+def check_address(address: str) -> None:
+    """Refuse what is no ``host:port``.
+
+    Raises:
+        InputError: If it is none.
+    """
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}", address):
+        raise InputError(f"address={address!r}: legal is host:port, such as owner.example.org:7421 or localhost:7421.")
 
 
 class OwnerLost(InputError):
@@ -34,14 +49,16 @@ class OwnerClient:
         deadline: Seconds that the owner has for one call.
 
     Raises:
-        InputError: If the certificate cannot be read.
+        InputError: If the address is no ``host:port``, or the certificate cannot be read.
     """
 
     def __init__(self, address: str, *, token: str, certificate: Path, patience: float = 60.0, deadline: float = 300.0) -> None:
+        check_address(address)
         try:
             trusted = Path(certificate).read_bytes()
-        except OSError as error:
-            raise InputError(f"certificate={str(certificate)!r} cannot be read: {error}.") from error
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=trusted.decode("ascii"))
+        except (OSError, ValueError) as error:  # a damaged certificate is an OSError, too
+            raise InputError(f"certificate={str(certificate)!r} cannot be read as a PEM certificate: {error}.") from error
         self.address, self.patience, self.deadline = address, patience, deadline
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         grpc = self._grpc = load_grpc()
@@ -108,14 +125,17 @@ class OwnerClient:
 
     def _ask(self, name: str, data: bytes) -> bytes:
         call = self._channel.unary_unary(f"/{SERVICE}/{name}")
-        until = time.monotonic() + self.patience
+        until, said = time.monotonic() + self.patience, 0.0
         for attempt in range(1 << 30):
             try:
                 answer: bytes = call(data, metadata=self._metadata, timeout=self.deadline)
             except self._grpc.RpcError as error:
                 self._consider(error, name, until)
                 pause = _PAUSES[min(attempt, len(_PAUSES) - 1)]
-                log.info("The owner at %s does not answer; asking again in %.2g s", self.address, pause)
+                now = time.monotonic()
+                if now - said >= _SAY_AGAIN:
+                    log.info("The owner at %s does not answer; asking again for %.0f s", self.address, max(until - now, 0))
+                    said = now
                 time.sleep(pause)
                 continue
             self.sent_bytes += len(data)
@@ -132,8 +152,42 @@ class OwnerClient:
             raise FrameError(f"The owner refuses {name}: {details}") from error
         if code not in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED):
             raise InputError(f"The owner at {self.address} refuses {name} ({code.name.lower()}): {details}") from error
+        if _DISTRUST.search(details):
+            raise InputError(
+                f"The owner at {self.address} is not trusted ({details}). Give the certificate that the owner gave you, and its "
+                "address by a name that the certificate is made out for."
+            ) from error
         if time.monotonic() >= until:
             raise OwnerLost(
-                f"The owner at {self.address} did not answer {name} for {self.patience:g} seconds ({details}). Is it running, "
-                "and is its certificate the one that you were given? Start again with --ckpt_path last when it is back."
+                f"The owner at {self.address} did not answer {name} for {self.patience:g} seconds ({details}). Is it running "
+                "there? When it is back, a training goes on with --ckpt_path last."
             ) from error
+
+
+@dataclass
+class OwnerAccess:
+    """How a party reaches the owner.
+
+    Args:
+        address: ``host:port``.
+        token: File with the party's token.
+        certificate: PEM file of the certificate that the owner's is checked against.
+        patience: Seconds for which a call is asked again while the owner cannot be reached.
+    """
+
+    address: str
+    token: str
+    certificate: str
+    patience: float = 60.0
+
+    def client(self) -> OwnerClient:
+        """Return the party's client.
+
+        Raises:
+            InputError: If a file cannot be read.
+        """
+        try:
+            token = Path(self.token).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"owner.token={self.token!r} cannot be read: {error}.") from error
+        return OwnerClient(self.address, token=token, certificate=Path(self.certificate), patience=self.patience)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from ..base import Rehearsal
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, shift_labels
 from ..pretrained import Dtype, head_weight, load_model, model_fingerprint
-from .client import OwnerClient
+from .client import OwnerAccess
 from .emulator import MANIFEST, EmulatorManifest
 from .owner import HeadRequest
 from .prefix import LayerMap, Prefix, PrefixSettings, StandsFor, behind_prefix, carried_over, plugged_in
@@ -28,35 +28,6 @@ log = logging.getLogger(__name__)
 
 Phase = Literal["emulator", "plug_in", "split"]
 _SAMPLED_TOP = 50  # ids that are asked of the owner's head where the next token is drawn
-
-
-@dataclass
-class OwnerAccess:
-    """How a party reaches the owner.
-
-    Args:
-        address: ``host:port``.
-        token: File with the party's token.
-        certificate: PEM file of the certificate that the owner's is checked against.
-        patience: Seconds for which a call is asked again while the owner cannot be reached.
-    """
-
-    address: str
-    token: str
-    certificate: str
-    patience: float = 60.0
-
-    def client(self) -> OwnerClient:
-        """Return the party's client.
-
-        Raises:
-            InputError: If a file cannot be read.
-        """
-        try:
-            token = Path(self.token).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"owner.token={self.token!r} cannot be read: {error}.") from error
-        return OwnerClient(self.address, token=token, certificate=Path(self.certificate), patience=self.patience)
 
 
 class OffsitePrefixTuning(LanguageModel):
@@ -177,11 +148,7 @@ class OffsitePrefixTuning(LanguageModel):
     def _build(self) -> PreTrainedModel:
         if self.phase == "split":
             self._meet_owner()
-        if self.candidates is not None:
-            first = [self.tokenizer(answer, add_special_tokens=False).input_ids[:1] for answer in self.candidates]
-            if len({tuple(ids) for ids in first}) < len(first) or not all(first):
-                raise InputError(f"candidates={self.candidates}: two of them begin with the same token, or with none.")
-            self._candidate_ids = torch.tensor(first)[:, 0]
+        self._candidate_ids = self._first_tokens()
         model = load_model(self.source.name, self.weights, attn_implementation=self.attn_implementation)
         own = model_fingerprint(model)
         self.fingerprint = self.manifest.model if self.phase == "split" and self.manifest is not None else own
@@ -190,6 +157,30 @@ class OffsitePrefixTuning(LanguageModel):
         elif self.prefix_settings is not None:
             self.prefix = self._new_prefix(model, self.prefix_settings)
         return model
+
+    def _first_tokens(self) -> Tensor | None:
+        """Return the candidates' first tokens [candidates]."""
+        if self.candidates is None:
+            return None
+        first = [self.tokenizer(answer, add_special_tokens=False).input_ids[:1] for answer in self.candidates]
+        if len({tuple(ids) for ids in first}) < len(first) or not all(first):
+            raise InputError(f"candidates={self.candidates}: two of them begin with the same token, or with none.")
+        return torch.tensor(first)[:, 0]
+
+    def _check_answers(self, data: Any) -> None:
+        """Refuse rows whose answer is none of the candidates, before weights are read."""
+        known = self._first_tokens()
+        sets = [found for found in (getattr(data, "train_set", None), getattr(data, "val_set", None)) if found is not None]
+        if known is None or not sets:
+            return
+        answers = [row["labels"][row["labels"] != -100] for rows in sets for row in rows if "labels" in row]
+        other = [answer for answer in answers if len(answer) and answer[0] not in known]
+        if other:
+            raise InputError(
+                f"candidates={self.candidates}: {len(other)} of {len(answers)} rows have another answer, such as "
+                f"{self.tokenizer.decode(other[0], skip_special_tokens=True).strip()!r}. Name all answers (--model.candidates "
+                '\'["yes","no"]\'), or give null if rows have no fixed ones.'
+            )
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
         """See ``PretrainedModule``; of a split, what the party holds and the owner computes."""
@@ -254,11 +245,14 @@ class OffsitePrefixTuning(LanguageModel):
             self._plug.enter_context(plugged_in(model, prefix))
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be trained, before the model is loaded.
+        """Refuse what cannot be trained or measured, before the model is loaded.
 
         Raises:
-            InputError: If there is no prefix, the phase is ``plug_in``, or the precision or strategy cannot be split.
+            InputError: If there is no prefix, the phase is ``plug_in``, the precision or strategy cannot be split, or rows have
+                answers that are no candidates.
         """
+        if stage != "predict":
+            self._check_answers(getattr(self.trainer, "datamodule", None))
         if stage != "fit":
             return
         if self.phase == "plug_in" or (self.prefix_settings is None and self.start is None):
@@ -302,10 +296,7 @@ class OffsitePrefixTuning(LanguageModel):
         rows, places = supervised.nonzero(as_tuple=True) if candidates is None else _first(supervised)
         labels = targets[rows, places]
         if candidates is not None:
-            choice = labels[:, None] == candidates.to(labels.device)
-            if not choice.any(dim=1).all():
-                raise InputError(f"An answer begins as none of candidates={self.candidates} does. Name all answers.")
-            labels = choice.int().argmax(dim=1)
+            labels = (labels[:, None] == candidates.to(labels.device)).int().argmax(dim=1)
         told = self.send_labels and self.training
         owners.request = HeadRequest(torch.stack([rows, places], dim=1), candidates, labels if told else None)
         try:

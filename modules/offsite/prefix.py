@@ -213,7 +213,7 @@ class Prefix(nn.Module):
         of = f"{whose}, an emulator of {whole.model}" if whole else whose
         raise InputError(
             f"prefix={str(folder)!r} is of another model ({of}) than the one at hand ({model}). Load the model that it was made "
-            "for, or make a prefix for this one."
+            "for; behind an owner's layers, generate takes it with --split."
         )
 
     @classmethod

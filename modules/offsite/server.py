@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hmac
 import logging
+import ssl
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import InputError
+from .client import check_address
 from .emulator import EmulatorFiles
 from .frames import Frame, decode
 from .owner import OwnerLayers, UnknownStep
@@ -72,8 +75,17 @@ class OwnerServer:
             raise InputError("tokens: each party needs one of at least 16 characters, and there has to be a party.")
         self.layers, self.texts, self.emulator, self._model = layers, texts or OwnerTexts(layers), emulator, model
         self._tokens = {name: token.encode() for name, token in tokens.items()}
+        self._seen: set[str] = set()
+        self._grumbled = 0.0
         self._shape = shape_of(layers)
         self._rules = requests(self._shape)
+        check_address(address)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        except OSError as error:  # ssl.SSLError is one
+            raise InputError(
+                f"certificate={str(certificate)!r}, key={str(key)!r} are no PEM files of a certificate and its key: {error}."
+            ) from error
         grpc = self._grpc = load_grpc()
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=4, thread_name_prefix="owner"),
@@ -86,13 +98,14 @@ class OwnerServer:
         )
         handlers = {name: grpc.unary_unary_rpc_method_handler(partial(self._answer, name)) for name in self._rules}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        credentials = grpc.ssl_server_credentials([(Path(key).read_bytes(), Path(certificate).read_bytes())])
         try:
-            credentials = grpc.ssl_server_credentials([(Path(key).read_bytes(), Path(certificate).read_bytes())])
             self.port = self._server.add_secure_port(address, credentials)
-        except OSError as error:
-            raise InputError(f"certificate={str(certificate)!r}, key={str(key)!r}: {error}.") from error
         except RuntimeError as error:
-            raise InputError(f"address={address!r} cannot be had: {error}. Give another port, or 0 for a free one.") from error
+            raise InputError(
+                f"address={address!r} cannot be listened at: the port is taken, or the host is none of this machine's. Give "
+                "another port, 0 for a free one, or 0.0.0.0 for all of the machine's addresses."
+            ) from error
 
     def start(self) -> OwnerServer:
         """Begin to answer."""
@@ -118,18 +131,30 @@ class OwnerServer:
         status = self._grpc.StatusCode
         party = self._party(context)
         if party is None:
+            self._grumble(f"A caller from {context.peer()} has no token of any party")
             context.abort(status.UNAUTHENTICATED, "The token is of no party. Ask the owner for yours.")
+        if party not in self._seen:
+            self._seen.add(party)
+            log.info("Party %s is here, from %s", party, context.peer())
         try:
             frame = decode(data, {name: self._rules[name]})
             return self._reply(name, str(party), frame).encode()
         except UnknownStep as error:
             context.abort(status.FAILED_PRECONDITION, str(error))
         except InputError as error:
+            self._grumble(f"A call {name} of party {party} is refused: {error}")
             context.abort(status.INVALID_ARGUMENT, str(error))
         except Exception:
             log.exception("call %s of party %s", name, party)
             context.abort(status.INTERNAL, "The owner failed on this call; its log says how.")
         raise AssertionError("abort does not return")
+
+    def _grumble(self, text: str) -> None:
+        """Log what was refused, a line a second at most: whoever calls cannot fill the owner's disk."""
+        now = time.monotonic()
+        if now - self._grumbled >= 1:
+            self._grumbled = now
+            log.warning("%s", text)
 
     def _reply(self, name: str, party: str, frame: Frame) -> Frame:
         told, tensors, layers = frame.fields, frame.tensors, self.layers

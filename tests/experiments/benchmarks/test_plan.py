@@ -1,6 +1,7 @@
 import pytest
 
 from fulgurite.errors import InputError
+from fulgurite.experiments.benchmarks.fingerprints import content_hash
 from fulgurite.experiments.benchmarks.plan import available, in_order, load_benchmark
 
 
@@ -39,9 +40,7 @@ def test_fingerprint_follows_commands_configs_and_data(bench, text_file):
     product = bench(lambda spec: spec["products"]["tuned"]["set"].update({"data.block_size": 32})).jobs()
     assert all(job.fingerprint != before[job.name] for job in product)
     text_file.write_text("other words")
-    from fulgurite.experiments.benchmarks import plan
-
-    plan._hash.cache_clear()
+    content_hash.cache_clear()
     assert all(job.fingerprint != before[job.name] for job in bench().jobs())
 
 

@@ -7,7 +7,7 @@ from fulgurite.experiments.benchmarks import plan as plans
 from fulgurite.experiments.benchmarks import report
 from fulgurite.experiments.benchmarks.plots import draw
 from fulgurite.experiments.benchmarks.results import load_results
-from fulgurite.experiments.benchmarks.tables import comma_separated, latex, make_table, markdown
+from fulgurite.experiments.benchmarks.tables import comma_separated, latex, make_table, markdown, shortened
 
 from .conftest import result
 
@@ -21,6 +21,17 @@ def test_mean_spread_count_and_difference_to_the_baseline(bench):
     assert "| large rate | 1 | **2.000** | -1.100 | 100 |" in text
     assert "A note. Measured on x, 2 threads; commit cccccccccc." in text
     assert "Compared at equal tokens." in text
+
+
+def test_a_short_table_has_the_rows_and_columns_that_it_names(bench):
+    plan = bench(lambda spec: spec["report"].update(short={"rows": ["fast"], "columns": ["tokens_per_second"]}))
+    text = markdown(shortened(make_table(plan, TWO), plan))
+    assert "|  | speed (tokens/s) |\n|---|---:|\n| large rate | 100 |\n" in text
+    plan.spec["report"]["short"]["rows"] = ["fats"]
+    with pytest.raises(InputError, match=r"short.rows of benchmark 'method': 'fats' is not there. Did you mean 'fast'"):
+        shortened(make_table(plan, TWO), plan)
+    with pytest.raises(InputError, match="the benchmark has no report.short"):
+        shortened(make_table(plan, TWO), bench())
 
 
 def test_ratio_to_the_baseline(bench):

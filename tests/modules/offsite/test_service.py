@@ -1,5 +1,7 @@
 """The owner's service over TLS: the numbers of the layers at hand, and what is refused."""
 
+import json
+
 import grpc
 import pytest
 import torch
@@ -83,8 +85,10 @@ def test_who_is_not_known_is_refused(papers, server, tmp_path):
     with pytest.raises(InputError, match=r"refuses health \(unauthenticated\)"):
         client(papers, server, token="").health()
     make_certificates(tmp_path, hosts=["localhost"], parties=["one"])
-    with pytest.raises(OwnerLost, match=r"did not answer health for 0.3 seconds .* is its certificate the one"):
-        client(papers, server, certificate=tmp_path / "owner.crt").health()
+    with pytest.raises(InputError, match="is not trusted .*Give the certificate that the owner gave you"):
+        client(papers, server, certificate=tmp_path / "owner.crt", patience=60).health()
+    with pytest.raises(OwnerLost, match="did not answer health for 0.3 seconds .* Is it running there"):
+        OwnerClient("localhost:1", token="x", certificate=papers / "owner.crt", patience=0.3).health()
     plain = grpc.insecure_channel(f"localhost:{server.port}").unary_unary(f"/{SERVICE}/health")
     with pytest.raises(grpc.RpcError) as caught:
         plain(Frame("health").encode(), timeout=5)
@@ -95,8 +99,8 @@ def test_who_is_not_known_is_refused(papers, server, tmp_path):
 def test_an_expired_certificate_is_refused(tmp_path):
     make_certificates(tmp_path, hosts=["localhost"], parties=["one", "two"], days=-1)
     expired = serving(tmp_path)
-    with pytest.raises(OwnerLost, match="did not answer health"):
-        client(tmp_path, expired).health()
+    with pytest.raises(InputError, match="is not trusted"):
+        client(tmp_path, expired, patience=60).health()
     expired.stop(0)
 
 
@@ -143,6 +147,20 @@ def test_a_call_waits_for_an_owner_that_comes_back(papers):
     again.stop(0)
 
 
+def test_parties_are_added_to_those_that_are_there(tmp_path):
+    make_certificates(tmp_path, hosts=["localhost"], parties=["one"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    make_certificates(tmp_path, hosts=[], parties=["two"])
+    tokens = json.loads((tmp_path / "tokens.json").read_text())
+    assert list(tokens) == ["one", "two"]
+    assert tokens["two"] == (tmp_path / "two.token").read_text().strip()
+    assert tokens["one"] == json.loads(before["tokens.json"])["one"]
+    for name in ("owner.crt", "owner.key", "one.token"):
+        assert (tmp_path / name).read_bytes() == before[name]
+    with pytest.raises(InputError, match="two.token already"):
+        make_certificates(tmp_path, hosts=[], parties=["two"])
+
+
 def test_settings_that_cannot_be_are_refused(papers, server, tmp_path):
     with pytest.raises(InputError, match="each party needs one of at least 16 characters"):
         OwnerServer(layers(), model="whole", tokens={"one": "short"}, certificate=papers / "owner.crt", key=papers / "owner.key")
@@ -150,12 +168,30 @@ def test_settings_that_cannot_be_are_refused(papers, server, tmp_path):
         OwnerServer(
             layers(), model="whole", tokens={"one": "x" * 16}, certificate=tmp_path / "none.crt", key=papers / "owner.key"
         )
-    with pytest.raises(InputError, match="cannot be had"):
+    make_certificates(tmp_path / "other", hosts=["localhost"], parties=["one"])
+    with pytest.raises(InputError, match="are no PEM files of a certificate and its key"):
+        OwnerServer(
+            layers(),
+            model="whole",
+            tokens={"one": "x" * 16},
+            certificate=papers / "owner.crt",
+            key=tmp_path / "other" / "owner.key",
+        )
+    with pytest.raises(InputError, match="cannot be listened at: the port is taken"):
         serving(papers, address=f"localhost:{server.port}")
+    with pytest.raises(InputError, match="address='7421': legal is host:port"):
+        serving(papers, address="7421")
+    with pytest.raises(InputError, match="address='localhost': legal is host:port"):
+        OwnerClient("localhost", token="x", certificate=papers / "owner.crt")
     with pytest.raises(InputError, match="cannot be read"):
         client(papers, server, certificate=tmp_path / "none.crt")
     with pytest.raises(InputError, match="has owner.crt, owner.key, tokens.json, one.token already"):
         make_certificates(papers, hosts=["localhost"], parties=["one"])
-    with pytest.raises(InputError, match=r"parties=\[\]: each needs one or more"):
+    with pytest.raises(InputError, match=r"parties=\[\]: give one or more"):
         make_certificates(tmp_path, hosts=["localhost"], parties=[])
+    with pytest.raises(InputError, match=r"hosts=\[\]: a new certificate needs a name"):
+        make_certificates(tmp_path, hosts=[], parties=["one"])
+    (tmp_path / "no.crt").write_text("no certificate")
+    with pytest.raises(InputError, match="cannot be read as a PEM certificate"):
+        client(papers, server, certificate=tmp_path / "no.crt")
     assert (papers / "owner.key").stat().st_mode & 0o077 == 0

@@ -1,0 +1,44 @@
+"""What a run leaves to go on from."""
+
+import pytest
+import torch
+
+from fulgurite.callbacks import NewestCheckpoint
+from fulgurite.errors import InputError
+from fulgurite.experiments.main import main
+
+
+def train(text_file, folder, steps, *more):
+    words = [
+        "fit",
+        "-c",
+        "language_model/finetune",
+        "--model.source=random:tiny",
+        f"--data.train={text_file}",
+        f"--runs_folder={folder}",
+    ]
+    words += ["--data.block_size=64", "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--run=short"]
+    words += ["--trainer.callbacks=[{class_path: NewestCheckpoint, init_args: {every_n_train_steps: 2}}]"]
+    words += ["--model.lr_scheduler=null", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
+    main([*words, f"--trainer.max_steps={steps}", *more])
+    return torch.load(folder / "finetune/short/checkpoints/newest.ckpt", weights_only=True)
+
+
+def test_a_run_can_be_trained_on_after_its_last_step(text_file, tmp_path):
+    stopped = train(text_file, tmp_path / "one", 3)
+    assert stopped["global_step"] == 3
+    resumed = train(text_file, tmp_path / "one", 5, "--ckpt_path=last")
+    whole = train(text_file, tmp_path / "two", 5)
+    assert resumed["global_step"] == whole["global_step"] == 5
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(weight, resumed["state_dict"][name]), name
+
+
+def test_the_last_step_of_the_last_epoch_is_kept(text_file, tmp_path):
+    found = train(text_file, tmp_path, -1, "--trainer.max_epochs=1", "--trainer.limit_train_batches=5")
+    assert found["global_step"] == 5
+
+
+def test_an_interval_below_one_is_refused():
+    with pytest.raises(InputError, match="every_n_train_steps=0: legal is 1 or more"):
+        NewestCheckpoint(0)
