@@ -144,6 +144,31 @@ def test_links_of_the_documents_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def test_no_source_file_is_longer_than_400_lines():
+    for path in sources():
+        assert len(path.read_text("utf-8").splitlines()) <= 400, path
+
+
+def public(node):
+    """The public functions and classes within a module or class, and in public classes of it."""
+    for entry in node.body:
+        if isinstance(entry, ast.ClassDef | ast.FunctionDef) and not entry.name.startswith("_"):
+            yield entry
+            if isinstance(entry, ast.ClassDef):
+                yield from public(entry)
+
+
+def test_docstrings_of_what_is_public_give_shapes_where_it_takes_tensors():
+    for path in sources():
+        for entry in public(ast.parse(path.read_text("utf-8"))):
+            told = ast.get_docstring(entry) or ""
+            where = f"{path.relative_to(ROOT)}: {entry.name}"
+            assert told, where
+            if isinstance(entry, ast.FunctionDef):
+                kinds = [ast.unparse(each.annotation) for each in (*entry.args.args, *entry.args.kwonlyargs) if each.annotation]
+                assert "[" in told or "See ``" in told or not any(re.search(r"\bTensor\b", kind) for kind in kinds), where
+
+
 @pytest.mark.parametrize("floor", FLOORS)
 def test_public_names_have_docstrings(floor):
     module = importlib.import_module(f"fulgurite.{floor}")

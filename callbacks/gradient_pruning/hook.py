@@ -112,11 +112,11 @@ class GradientExchange:
         self._workspaces: dict[tuple[str, str, int], Tensor] = {}
 
     def is_small(self, parameter: Tensor) -> bool:
-        """Whether a parameter is always sent whole."""
+        """Whether a parameter [any] is always sent whole."""
         return parameter.dim() < 2 or parameter.numel() < self.dense_below
 
     def bytes_at(self, parameters: list[Tensor]) -> BytesAt:
-        """Return the bytes of a step as a function of the rate."""
+        """Return the bytes of a step as a function of the rate, for gradients of these parameters [any each]."""
         small = sum(parameter.numel() for parameter in parameters if self.is_small(parameter))
         large = sum(parameter.numel() for parameter in parameters) - small
         return BytesAt(small, large, self.ranks, self.dense_bytes, self.value_bits)

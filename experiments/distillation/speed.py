@@ -106,7 +106,7 @@ class Steps:
         self.count = 0
 
     def step(self, loss: Callable[[dict[str, Any]], torch.Tensor], given: list[dict[str, Any]]) -> None:
-        """Take one step on the next batch."""
+        """Take one step on the next of the batches, whose ``loss`` is a scalar []."""
         batch = given[self.count % len(given)]
         self.count += 1
         with torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,7 @@ from .fused import FusedTable
 
 
 def readable(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Return a model's final hidden states as its head reads them."""
+    """Return a model's final hidden states [..., hidden size] as its head reads them, [..., size of the head]."""
     head: Any = model.get_output_embeddings()
     return head.expand(states) if isinstance(head, FusedTable) else states
 

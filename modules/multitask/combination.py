@@ -163,7 +163,7 @@ class FanOut:
     def combine(
         self, features: Sequence[Tensor], readers: Sequence[Sequence[int]], sent: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """Return the gradient of each view's features, given what each reader sent back."""
+        """Return the gradient of each view's features [rows, length, hidden size], given what its readers sent back."""
         tasks = 1 + max(max(own) for own in readers)
         by_view, place = [], 0
         for own in readers:

@@ -25,7 +25,7 @@ class Jacobian:
         """Find the gradients of a batch's losses; those of a branch's own weights are added to its ``grad``.
 
         Args:
-            losses: By task, the same tasks in each batch of an optimizer step.
+            losses: By task, a scalar [] each; the same tasks in each batch of an optimizer step.
             shared: Weights that all tasks share.
             own: Branch of each task.
         """

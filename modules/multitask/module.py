@@ -212,7 +212,7 @@ class MultiTask(PretrainedModule):
         return losses + (mean / self.trainer.world_size - losses.detach())
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Find the gradients; for an aggregator a row of the Jacobian for each task."""
+        """Find the gradients of a loss []; for an aggregator a row of the Jacobian for each task."""
         if self._jacobian is None:
             super().backward(loss, *args, **kwargs)
             agreement, self._fan.agreement = self._fan.agreement, None

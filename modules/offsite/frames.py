@@ -42,7 +42,7 @@ class TensorRule:
     required: bool = True
 
     def check(self, name: str, tensor: Tensor) -> None:
-        """Raise a FrameError for a tensor of another type or shape, or with numbers that are not finite."""
+        """Raise a FrameError for a tensor of another type or shape than [*shape], or with numbers that are not finite."""
         if tensor.dtype not in self.dtypes:
             legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             raise FrameError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}. Legal: {legal}.")

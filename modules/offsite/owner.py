@@ -194,7 +194,7 @@ class OwnerLayers:
             party: Its name.
             step: Of ``begin``.
             batch: Of ``forward``.
-            gradient: Of what ``forward`` returned, of its shape.
+            gradient: Of what ``forward`` returned, of its shape: [rows, length, hidden size], or logits.
 
         Raises:
             UnknownStep: If the batch was not sent forward, or is forgotten.

@@ -120,7 +120,7 @@ class RemoteSteps:
         return [] if self.prefix is None else list(self.prefix.rows)
 
     def forward(self, states: Tensor, head: HeadRequest | None) -> Tensor:
-        """Return what the owner computes of a batch, differentiable where gradients are wanted."""
+        """Return what the owner computes of states [rows, length, hidden size], differentiable where gradients are wanted."""
         if torch.is_grad_enabled() and (states.requires_grad or any(rows.requires_grad for rows in self.rows)):
             return _Remote.apply(self, head, states, *self.rows)
         self._enter(training=False)
@@ -136,14 +136,14 @@ class RemoteSteps:
         self._over = True
 
     def send(self, states: Tensor, head: HeadRequest | None) -> tuple[int, Tensor]:
-        """Return the number of a batch and what the owner computes of it."""
+        """Return the number of a batch and what the owner computes of its states [rows, length, hidden size]."""
         self._enter(training=True)
         self._sent.append(_Sent(states, head))
         number = len(self._sent) - 1
         return number, self._asked(lambda: self.owner.forward(self._step, number, states, head))
 
     def back(self, number: int, gradient: Tensor, *, wanted: bool) -> Tensor | None:
-        """Return the gradient of the states of a batch, if it is wanted."""
+        """Return the gradient of the states [rows, length, hidden size] of a batch, if it is wanted."""
         found = self._asked(lambda: self.owner.backward(self._step, number, gradient, wanted=wanted))
         self._sent[number].gradient = gradient  # only now: sent again, a batch without one is not sent back
         return found

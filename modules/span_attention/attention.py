@@ -51,7 +51,10 @@ def span_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> SpanMask:
-    """Return what ``span_attention`` takes for a mask; the arguments are those of ``transformers``' mask functions."""
+    """Return what ``span_attention`` takes for a mask.
+
+    The arguments are those of ``transformers``' mask functions, ``attention_mask`` [batch, keys] among them.
+    """
     if int(q_offset) + q_length != kv_offset + kv_length:
         raise InputError(
             f"past_key_values: a cache of {kv_length} places for {int(q_offset) + q_length} tokens is a static one, which heads "

@@ -109,7 +109,7 @@ class Slots:
         return Turn(seen, new, keys, used=used, kept=kept)
 
     def select(self, rows: Tensor) -> None:
-        """Take these rows of the batch, in this order."""
+        """Take these rows [any], int64, of the batch, in this order."""
         if len(self.positions) > 1:
             self.positions = self.positions[rows.cpu().numpy()]
         self._turn = None
@@ -163,7 +163,7 @@ class Book:
         return self._new[2]
 
     def select(self, rows: Tensor) -> None:
-        """Take these rows of the batch, in this order."""
+        """Take these rows [any], int64, of the batch, in this order."""
         if len(self.tokens) > 1:
             self.tokens = self.tokens[rows.cpu().numpy()]
         if len(self.real) > 1:
@@ -199,7 +199,7 @@ class SpanLayer(CacheLayerMixin):
         self._new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note type and device."""
+        """Note type and device of keys and values [batch, key/value heads, tokens, size]."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -302,7 +302,7 @@ class SpanLayer(CacheLayerMixin):
         self.seen = 0
 
     def select(self, rows: Tensor) -> None:
-        """Take these rows of the batch, in this order."""
+        """Take these rows [any], int64, of the batch, in this order."""
         self.memory = {
             rule: tuple(part.index_select(0, rows.to(part.device)) for part in parts)  # type: ignore[misc]
             for rule, parts in self.memory.items()
@@ -352,11 +352,11 @@ class SpanCache(Cache):
                 layer.batch_select_indices(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams that were kept."""
+        """Follow the beams that were kept [batch], int64."""
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
+        """Keep these rows [any], int64, of the batch."""
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

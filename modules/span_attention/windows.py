@@ -15,7 +15,7 @@ BLOCK = 256  # queries whose mask exists at the same time
 
 
 def span_at(rule: SpanRule, positions: Tensor) -> Tensor:
-    """Return ``rule.span`` of int64 positions of any shape."""
+    """Return ``rule.span`` of int64 positions [any]."""
     return (torch.floor(rule.beta * (positions + 1).double()).long() + rule.alpha).clamp(min=rule.least)
 
 
