@@ -1,4 +1,4 @@
-"""Builds the site: `make docs`. Pages are the Markdown files here; the reference comes from docstrings."""
+"""Builds the site: `make site`. Pages are the Markdown files here; the reference comes from docstrings."""
 
 import importlib
 import inspect

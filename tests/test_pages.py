@@ -27,8 +27,9 @@ STAGES = json.dumps(
 )
 LARGE = {  # what stands in commands, and what does for the tiny model
     "80000000": "40000",
-    '"num_hidden_layers": 20, "kept_layers": 4': '"kept_layers": 1',
+    '"num_hidden_layers": 20, "kept_layers": 4': '"num_hidden_layers": 3, "kept_layers": 1',
     '"num_hidden_layers": 20, "intermediate_size": 1024': '"intermediate_size": 48',
+    '"num_hidden_layers": 20, "parameters"': '"num_hidden_layers": 3, "parameters"',
 }
 BRANCHES = json.dumps(
     [
