@@ -136,7 +136,6 @@ def rung(
     split_steps: int,
     tune_rate: float,
     split_rate: float,
-    lora_rate: float = 2e-4,
     layer_map: LayerMap = "kept",
     parties: int = 2,
     alpha: float | None = None,
@@ -155,9 +154,8 @@ def rung(
         batch_size: Examples a step.
         tune_steps: Optimizer steps on the emulator.
         split_steps: Optimizer steps through the split.
-        tune_rate: Learning rate of the former.
+        tune_rate: Learning rate of the former, and of rungs that train the whole model.
         split_rate: Of the latter.
-        lora_rate: Of LoRA.
         layer_map: How an emulator's prefix is carried over.
         parties: Of ``federated``.
         alpha: Of ``federated``: unlike parties; None for alike ones.
@@ -175,8 +173,7 @@ def rung(
         return ladder.score(ladder.fit(ladder.tuning(full, tune_rate), tune_steps + split_steps))
     if kind in ("peft-prefix", "lora"):
         seed_everything(seed, verbose=False)
-        rate = lora_rate if kind == "lora" else tune_rate
-        optimizer = partial(torch.optim.AdamW, lr=rate, weight_decay=0.0)
+        optimizer = partial(torch.optim.AdamW, lr=tune_rate, weight_decay=0.0)
         module = PeftTuning(
             full, "lora" if kind == "lora" else "prefix", length, optimizer=optimizer, lr_scheduler=WarmupCosine, **ladder.common
         )
