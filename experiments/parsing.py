@@ -22,7 +22,7 @@ class BriefErrors:
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"{prog}: {brief(message, _options(self))}\nAll options: {prog} --help\n")
-        self.exit(2)
+        sys.exit(2)
 
 
 class Parser(BriefErrors, ArgumentParser):

@@ -176,10 +176,10 @@ class OffsitePrefixTuning(LanguageModel):
         answers = [row["labels"][row["labels"] != -100] for rows in sets for row in rows if "labels" in row]
         other = [answer for answer in answers if len(answer) and answer[0] not in known]
         if other:
+            example = str(self.tokenizer.decode(other[0], skip_special_tokens=True)).strip()
             raise InputError(
-                f"candidates={self.candidates}: {len(other)} of {len(answers)} rows have another answer, such as "
-                f"{self.tokenizer.decode(other[0], skip_special_tokens=True).strip()!r}. Name all answers (--model.candidates "
-                '\'["yes","no"]\'), or give null if rows have no fixed ones.'
+                f"candidates={self.candidates}: {len(other)} of {len(answers)} rows have another answer, such as {example!r}. Name "
+                'all answers (--model.candidates \'["yes","no"]\'), or give null if rows have no fixed ones.'
             )
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:

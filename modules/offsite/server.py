@@ -133,8 +133,8 @@ class OwnerServer:
         if party is None:
             self._grumble(f"A caller from {context.peer()} has no token of any party")
             context.abort(status.UNAUTHENTICATED, "The token is of no party. Ask the owner for yours.")
-        if party not in self._seen:
-            self._seen.add(party)
+        if str(party) not in self._seen:
+            self._seen.add(str(party))
             log.info("Party %s is here, from %s", party, context.peer())
         try:
             frame = decode(data, {name: self._rules[name]})
