@@ -178,8 +178,8 @@ class OffsitePrefixTuning(LanguageModel):
         if other:
             example = str(self.tokenizer.decode(other[0], skip_special_tokens=True)).strip()
             raise InputError(
-                f"candidates={self.candidates}: {len(other)} of {len(answers)} rows have another answer, such as {example!r}. Name "
-                'all answers (--model.candidates \'["yes","no"]\'), or give null if rows have no fixed ones.'
+                f"candidates={self.candidates}: {len(other)} of {len(answers)} rows have another answer, such as {example!r}. "
+                'Name all (--model.candidates \'["yes","no"]\'), or give null if rows have no fixed ones.'
             )
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
