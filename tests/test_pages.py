@@ -59,7 +59,7 @@ SMALL = {
     "validate": ["--trainer.limit_val_batches=1"],
     "generate": ["--max_new_tokens=2"],
     "evaluate": None,
-    "benchmark": ["--dry_run=true"],
+    "benchmark": ["--dry_run=true", "--data=data"],
     "report": [],
     "labels": [],
     "configs": [],
@@ -112,6 +112,9 @@ def folder(tmp_path, monkeypatch):
     """The files that the pages take as the user's own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_text").mkdir()
+    for name in ("wikitext2/valid.raw.txt", "wikitext2/test.raw.txt", "icl_eval/lambada_openai.jsonl"):  # of the benchmarks
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("")
     (tmp_path / "my_text/one.txt").write_text(prose(1500))
     (tmp_path / "other.txt").write_text(prose(300, 1))
     (tmp_path / "question_about_a_long_text.txt").write_text(prose(100, 2))

@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused_before_training(emulator, start, rows_file
     rows = [{"prompt": f"{n}?", "response": "maybe" if n < 2 else "yes"} for n in range(20)]
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match="2 of 20 rows have another answer, such as 'maybe'. Name all answers"):
+    with pytest.raises(InputError, match="2 of 20 rows have another answer, such as 'maybe'. Name all"):
         trainer(tmp_path, max_steps=1).fit(tuning("random:tiny", candidates=["yes", "no"]), data(str(other)))
     with pytest.raises(InputError, match="needs the owner's address"):
         OffsitePrefixTuning(str(emulator), phase="split").configure_model()
