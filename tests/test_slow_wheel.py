@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = {  # the commands of a method, and what they leave
     "distillation": (
         ["predict -c distillation/capture --data.train text.txt --run labels", "fit -c distillation/student --run small"],
-        "runs/distillation/small/export",
+        "runs/distillation-student/small/export",
     ),
     "fusion": (["fit -c fusion/compress --data.train text.txt --run small"], "runs/fusion/small/export"),
     "spans": (["fit -c spans/compress --run quick"], "runs/spans/quick/export"),
