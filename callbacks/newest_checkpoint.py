@@ -33,8 +33,16 @@ class NewestCheckpoint(Checkpoint):
         if step == self._saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if step % self.every_n_train_steps == 0 or _is_last(trainer):
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "newest.ckpt")
             self._saved = step
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "newest.ckpt")
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the step of the checkpoint: a run that goes on must not save within the accumulation of the next step."""
+        return {"step": self._saved}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take the step of the checkpoint that a run goes on from."""
+        self._saved = state_dict["step"]
 
 
 def _is_last(trainer: Trainer) -> bool:

@@ -51,7 +51,7 @@ def test_every_method_of_the_wheel_works_in_an_empty_environment(tmp_path):
     assert {"tests/conftest.py", "docs/distillation.md", "Makefile", "README.md", "LICENSE"} <= names
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     binaries = tmp_path / "venv" / "bin"
-    run(binaries / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[offsite]")
+    run(binaries / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[offsite,spans]")
     away = tmp_path / "away"
     away.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

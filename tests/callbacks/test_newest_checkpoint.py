@@ -1,5 +1,7 @@
 """What a run leaves to go on from."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,6 +39,20 @@ def test_a_run_can_be_trained_on_after_its_last_step(text_file, tmp_path):
 def test_the_last_step_of_the_last_epoch_is_kept(text_file, tmp_path):
     found = train(text_file, tmp_path, -1, "--trainer.max_epochs=1", "--trainer.limit_train_batches=5")
     assert found["global_step"] == 5
+
+
+def test_nothing_is_saved_within_the_accumulation_of_a_step(tmp_path):
+    saved = []
+    trainer = SimpleNamespace(
+        global_step=4, fast_dev_run=False, should_stop=False, max_steps=9, is_last_batch=False, max_epochs=-1
+    )
+    trainer.default_root_dir, trainer.current_epoch, trainer.save_checkpoint = tmp_path, 0, saved.append
+    first, resumed = NewestCheckpoint(4), NewestCheckpoint(4)
+    first.on_train_batch_end(trainer, None, None, None, 7)
+    first.on_train_batch_end(trainer, None, None, None, 8)
+    resumed.load_state_dict(first.state_dict())
+    resumed.on_train_batch_end(trainer, None, None, None, 8)
+    assert saved == [tmp_path / "checkpoints" / "newest.ckpt"]
 
 
 def test_an_interval_below_one_is_refused():
