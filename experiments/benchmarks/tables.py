@@ -140,14 +140,6 @@ def _where(plan: Benchmark, results: list[dict[str, Any]]) -> str:
     return f"{spread}{equal}{results[0]['run'].get('note', '')} Measured on {machine}; commit {str(environment['commit'])[:10]}."
 
 
-def _committed(plan: Benchmark, environments: list[dict[str, Any]]) -> set[str]:
-    """Return the versions of the sources that clean checkouts had, by this benchmark's results and those of its experiment."""
-    experiment = EXPERIMENTS / plan.name.partition("/")[0] / "results"
-    folders = {file.parent for file in experiment.rglob("*.json")} if plan.file is None else set()
-    others = [result["environment"] for folder in folders if folder != experiment for result in load_results(folder)]
-    return {environment["code"] for environment in [*environments, *others] if environment["clean"]}
-
-
 def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> list[str]:
     """Refuse what must not stand in one table; return what to say of it where it was allowed."""
     found = []
@@ -156,8 +148,9 @@ def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> li
     if len(versions) > 1:
         found.append(f"results of {len(versions)} code versions ({', '.join(sorted(map(str, versions)))})")
     # The sources of a changed checkout are a commit's where a clean one had the same; settings are compared below.
+    committed = {environment["code"] for environment in environments if environment["clean"]}
     changed = {environment["code"] for environment in environments if environment["clean"] is False}
-    if changed and not changed <= _committed(plan, environments):
+    if not changed <= committed:
         found.append("results of a checkout with uncommitted changes")
     words = {cell.name: [step.words() for step in cell.steps] for cell in plan.cells(sorted({r["run"]["seed"] for r in results}))}
     names = {f"{result['run']['variant']}-{result['run']['seed']}": result["run"]["commands"] for result in results}
