@@ -296,7 +296,10 @@ class OffsitePrefixTuning(LanguageModel):
         rows, places = supervised.nonzero(as_tuple=True) if candidates is None else _first(supervised)
         labels = targets[rows, places]
         if candidates is not None:
-            labels = (labels[:, None] == candidates.to(labels.device)).int().argmax(dim=1)
+            choice = labels[:, None] == candidates.to(labels.device)
+            if not choice.any(dim=1).all():  # of a loader that no data module brought, and setup did not see
+                raise InputError(f"An answer begins as none of candidates={self.candidates} does. Name all answers.")
+            labels = choice.int().argmax(dim=1)
         told = self.send_labels and self.training
         owners.request = HeadRequest(torch.stack([rows, places], dim=1), candidates, labels if told else None)
         try:

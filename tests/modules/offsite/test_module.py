@@ -208,6 +208,11 @@ def test_what_does_not_fit_is_refused_before_training(emulator, start, rows_file
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match="2 of 20 rows have another answer, such as 'maybe'. Name all"):
         trainer(tmp_path, max_steps=1).fit(tuning("random:tiny", candidates=["yes", "no"]), data(str(other)))
+    loose = data(str(other), batch_size=20, val_fraction=0, tokenizer=str(emulator))
+    loose.setup("fit")
+    module = tuning(emulator, phase="split", start=str(start), head="owner", candidates=["yes", "no"])
+    with pytest.raises(InputError, match="begins as none of candidates="):
+        trainer(tmp_path, max_steps=1).fit(module, loose.train_dataloader())
     with pytest.raises(InputError, match="needs the owner's address"):
         OffsitePrefixTuning(str(emulator), phase="split").configure_model()
     with pytest.raises(InputError, match="of another model"):
