@@ -59,7 +59,7 @@ class GradientPruning(Callback):
 
     Raises:
         InputError: If a value is out of range; at the start of training, if the strategy, the precision or manual
-            optimisation does not allow it.
+            optimisation does not allow it; after the first step, if the module exchanges its gradients by itself.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -113,6 +113,7 @@ class GradientPruning(Callback):
         self._numbers: Tensor | None = None
         self._gathered: tuple[Any, list[Tensor]] | None = None
         self._step_begin = 0.0
+        self._hooked: DistributedDataParallel | None = None
 
     # Before training
 
@@ -140,6 +141,12 @@ class GradientPruning(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the exchange into DDP's backward pass."""
+        self._attach(trainer, pl_module)
+        total = trainer.estimated_stepping_batches
+        self.total_steps = 0 if total == float("inf") else int(total)
+        self.warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * self.total_steps)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         self.exchange = GradientExchange(names, **self.settings)
         if self._kept_back is not None:
@@ -149,17 +156,22 @@ class GradientPruning(Callback):
         self.entries = sum(parameter.numel() for parameter in self.parameters)
         self.bytes_at = self.exchange.bytes_at(list(self.parameters))
         model = trainer.strategy.model
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel) and model is not self._hooked:
             # Lightning registers hooks on CUDA alone and ignores them elsewhere.
             model.register_comm_hook(self, _hook)
+            self._hooked = model
             leave_group_at_exit()
-        total = trainer.estimated_stepping_batches
-        self.total_steps = 0 if total == float("inf") else int(total)
-        self.warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * self.total_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._begin_step(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin anew where the module trains other weights than before, as a next stage of fusion does."""
+        trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        if len(trained) != len(self.parameters) or any(one is not other for one, other in zip(trained, self.parameters)):
+            self._attach(trainer, pl_module)
+            self._begin_step(trainer)
 
     # One step
 
@@ -237,6 +249,12 @@ class GradientPruning(Callback):
             self._losses.append(loss.detach().float() * trainer.accumulate_grad_batches)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
+        if exchange.ranks > 1 and not exchange.clock.bytes:
+            raise InputError(
+                f"GradientPruning has nothing to send: {type(pl_module).__name__} exchanges its gradients by itself, as "
+                "MultiTask with an aggregator does. Leave the callback out, or combine losses by a scalarizer or by "
+                "FeatureWeighting."
+            )
         mean = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
         self._losses.clear()
         device = pl_module.device

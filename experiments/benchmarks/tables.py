@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InputError, nearest
-from .plan import EXPERIMENTS, Benchmark
-from .results import load_results
+from .plan import Benchmark
 
 
 @dataclass

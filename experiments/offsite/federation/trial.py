@@ -11,11 +11,13 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from ....errors import InputError
 from ....modules.offsite import Prefix
 from ....modules.offsite.certificates import make_certificates
+from ....modules.offsite.prefix import carried_over
 from ...configs import resolve_config
 
 _APP = Path(__file__).parent / "pyproject.toml"
@@ -29,10 +31,11 @@ def federate(
 
     Every party is a config of ``fit``, a copy of ``offsite/split`` or ``offsite/tune`` with its data, its way to the owner and
     the steps that it takes in a round. The mean of the rounds is the folder's ``prefix``, that of each round is kept beside it.
+    Paths in configs are read from where the command is started.
 
     Args:
         configs: Config file of each party; the file's name is the party's.
-        start: Folder of the prefix to begin with, for the model of the configs.
+        start: Folder of the prefix to begin with; an emulator's is carried over where the configs go through the split.
         folder: Where everything goes.
         rounds: How often the prefixes are averaged.
         minimum: Fewest parties that a round needs; all, where it is not given.
@@ -52,20 +55,42 @@ def federate(
         raise InputError(
             f"minimum={minimum}, rounds={rounds}, timeout={timeout}: legal are 1 to {len(files)}, 1 or more, above 0."
         )
-    Prefix.read(Path(start))
     root = Path(folder).resolve()
     if (root / "prefix").exists():
         raise InputError(f"folder={folder!r} has the prefix of other rounds. Give another folder.")
+    beginning = prefix_to_begin_with(Path(start), files, root / "start")
     with ExitStack() as stack:
         deployment = _Deployment(root, stack)
         for name, file in zip(names, files):
             deployment.add_party(name, file)
         deployment.run(
-            {"start": str(Path(start).resolve()), "folder": str(root), "rounds": rounds, "parties": minimum, "timeout": timeout}
+            {"start": str(beginning.resolve()), "folder": str(root), "rounds": rounds, "parties": minimum, "timeout": timeout}
         )
     if not (root / "prefix").exists():
         raise InputError(f"The rounds did not come to their end; {root / 'server.log'} says why.")
     console.print(f"The mean of {rounds} rounds is in {root / 'prefix'}.", highlight=False)
+
+
+def prefix_to_begin_with(start: Path, configs: list[Path], folder: Path) -> Path:
+    """Return the folder of the prefix that the first round begins with.
+
+    Args:
+        start: Folder of a prefix.
+        configs: Of the parties.
+        folder: Where an emulator's prefix is written as one of the whole model, for parties that tune it through the split.
+
+    Raises:
+        InputError: If the prefix is damaged, or some parties tune through the split and some do not.
+    """
+    settings = [(yaml.safe_load(file.read_text("utf-8")).get("model") or {}).get("init_args") or {} for file in configs]
+    phases = {one.get("phase", "emulator") for one in settings}
+    if len(phases) > 1:
+        raise InputError(f"configs: their phases are {sorted(phases)}; the prefixes of a round have to be for one model.")
+    prefix, _, whole = Prefix.read(start)
+    if phases != {"split"} or whole is None:
+        return start
+    carried_over(prefix, whole, settings[0].get("layer_map", "kept")).save(folder, whole.model)
+    return folder
 
 
 class _Deployment:
@@ -106,9 +131,7 @@ class _Deployment:
 
     def _start(self, name: str, words: list[str]) -> subprocess.Popen:
         output = self.stack.enter_context((self.root / f"{name}.log").open("a"))
-        process = subprocess.Popen(
-            words, stdout=output, stderr=output, env=self.environment, cwd=self.root, start_new_session=True
-        )
+        process = subprocess.Popen(words, stdout=output, stderr=output, env=self.environment, start_new_session=True)
         self.stack.callback(_end, process)
         return process
 

@@ -3,7 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
@@ -196,3 +196,40 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path, settings, message
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         GradientPruning(**settings)
+
+
+class NextStage(Callback):
+    """After five steps the module trains other weights, as fusion does from stage to stage."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 5:
+            torch.manual_seed(1)
+            pl_module.layers = Own().layers
+            trainer.strategy.setup_optimizers(trainer)
+            if isinstance(trainer.strategy, DDPStrategy):
+                trainer.strategy.model = pl_module
+                trainer.strategy.configure_ddp()
+
+    def on_train_end(self, trainer, pl_module):
+        kept_back = trainer.callbacks[0].exchange.residuals
+        assert kept_back["layers.0.weight"].count_nonzero() > 0.8 * 1280
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_module_that_goes_on_with_other_weights_is_pruned_on(tmp_path, ranks):
+    callback = GradientPruning(FixedRate(0.9), warmup=0, check_every=1, dense_below=64, at_checkpoint="drop")
+    trainer, _ = fit(tmp_path, callback, ranks=ranks, callbacks=[NextStage()], enable_checkpointing=False)
+    assert trainer.callback_metrics["prune_rate"] == pytest.approx(0.9)
+
+
+class ByItself(Own):
+    """Averages gradients without DDP, as the Jacobian of several tasks does."""
+
+    def training_step(self, batch, batch_idx):
+        self.trainer.strategy.model.require_backward_grad_sync = False
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_module_that_exchanges_gradients_by_itself_is_refused(tmp_path):
+    with pytest.raises(Exception, match="has nothing to send: ByItself exchanges its gradients by itself"):
+        fit(tmp_path, GradientPruning(), model=ByItself(), ranks=2)

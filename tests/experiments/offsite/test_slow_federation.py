@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,13 @@ import yaml
 
 from fulgurite.experiments.cli import run
 from fulgurite.experiments.configs import resolve_config
-from fulgurite.modules.offsite import Prefix, PrefixSettings
+from fulgurite.modules.offsite import EmulatorManifest, Prefix, PrefixSettings
 from fulgurite.modules.offsite.averaging import average_prefixes
-from fulgurite.modules.pretrained import model_fingerprint
+from fulgurite.modules.offsite.prefix import carried_over
+from fulgurite.modules.pretrained import load_model, model_fingerprint
 from fulgurite.modules.tiny import tiny_model
+
+from .owners import OwnerProcess, command, make_owner
 
 pytest.importorskip("flwr", reason="Flower wants an environment of its own")
 pytestmark = pytest.mark.slow
@@ -46,9 +48,8 @@ def configs(tmp_path):
     return found
 
 
-def federate(*words):
-    code = "from fulgurite.experiments.main import main; main()"
-    return subprocess.run([sys.executable, "-c", code, "owner", "federate", *words], capture_output=True, text=True, timeout=400)
+def federate(*words, folder=None):
+    return subprocess.run(command("owner", "federate", *words), capture_output=True, text=True, timeout=400, cwd=folder)
 
 
 def test_rounds_on_flower_are_those_in_one_process(start, configs, tmp_path):
@@ -93,3 +94,35 @@ def test_a_round_without_enough_parties_ends_with_what_to_do(start, configs, tmp
     enough = federate(*words[:2], f"--folder={tmp_path / 'others'}", "--rounds=1", "--minimum=1")
     assert enough.returncode == 0, enough.stderr
     assert (tmp_path / "others" / "prefix" / "prefix.json").is_file()
+
+
+def test_rounds_through_the_split_begin_with_a_prefix_of_the_emulator(tmp_path):
+    """Each party goes through the owner's layers; paths in its config are from where the command is started."""
+    place = make_owner(tmp_path / "owner", 1)
+    owner, emulator = OwnerProcess(place), EmulatorManifest.load(place / "emulator")
+    model = load_model(str(place / "emulator"), "float32")
+    tuned = Prefix.random(model, PrefixSettings(length=2))
+    tuned.save(tmp_path / "tuned", model_fingerprint(model), emulator.whole)
+    for party in ("p0", "p1"):
+        (tmp_path / f"{party}.jsonl").write_text(
+            "".join(json.dumps({"prompt": f"{party} {n}", "response": "AB"[n % 2]}) + "\n" for n in range(6))
+        )
+        settings = yaml.safe_load(Path(resolve_config("offsite/split")).read_text())
+        settings["model"]["init_args"] |= {"source": "owner/emulator", "candidates": ["A", "B"], "weights": "float32"}
+        settings["model"]["init_args"]["owner"] = {
+            "address": f"localhost:{owner.port}",
+            "token": f"owner/{party}.token",
+            "certificate": "owner/owner.crt",
+        }
+        settings["data"]["init_args"] |= {"train": f"{party}.jsonl", "val_fraction": 0, "batch_size": 3}
+        settings["trainer"] |= {"max_steps": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        (tmp_path / f"{party}.yaml").write_text(yaml.safe_dump(settings))
+    try:
+        done = federate("--configs=[p0.yaml,p1.yaml]", "--start=tuned", "--folder=rounds", "--rounds=2", folder=tmp_path)
+    finally:
+        owner.kill()
+    log = tmp_path / "rounds" / "server.log"
+    assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+    first, last = (Prefix.load(tmp_path / "rounds" / name, emulator.model) for name in ("round-0", "prefix"))
+    assert all(torch.equal(*pair) for pair in zip(first.rows, carried_over(tuned, emulator.whole, "kept").rows, strict=True))
+    assert all(not torch.equal(*pair) for pair in zip(first.rows, last.rows, strict=True))
