@@ -113,8 +113,12 @@ class Benchmark:
     @property
     def note(self) -> str:
         """What stands under the table."""
+        return self.fill_note(self.spec["note"])
+
+    def fill_note(self, note: str) -> str:
+        """Return a note with the scale's settings in place of their names."""
         shown = {name: f"{int(value):,}" if str(value).isdigit() else value for name, value in self.constants.items()}
-        return fill(self.spec["note"], {name: value.removeprefix("{data}/") for name, value in shown.items()}, "note").strip()
+        return fill(note, {name: value.removeprefix("{data}/") for name, value in shown.items()}, "note").strip()
 
     def cells(self, seeds: list[int] | None = None, only: list[str] | None = None) -> list[Job]:
         """Return the cells, without their fingerprints; reads no data.

@@ -55,7 +55,7 @@ SCHEMA = _mapping(
             {
                 "baseline": {"type": "string"},
                 "goal": {"type": "string"},
-                "short": _mapping({"rows": _NAMES, "columns": _NAMES}, "rows", "columns"),
+                "short": _mapping({"rows": _NAMES, "columns": _NAMES, "note": {"type": "string"}}, "rows", "columns"),
                 "columns": _named(
                     _mapping(
                         {

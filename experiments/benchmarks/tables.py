@@ -113,7 +113,9 @@ def make_table(plan: Benchmark, results: list[dict[str, Any]], *, mixed: bool = 
 
 
 def shortened(table: Table, plan: Benchmark) -> Table:
-    """Return the rows and columns of a table that its benchmark names under ``report.short``; what is bold stays so.
+    """Return the rows and columns of a table that its benchmark names under ``report.short``, with its note, if it has one.
+
+    What is bold stays so.
 
     Raises:
         InputError: If it names none, or some that are not there.
@@ -127,7 +129,8 @@ def shortened(table: Table, plan: Benchmark) -> Table:
             if name not in known:
                 raise InputError(f"report.short.{key} of benchmark {plan.name!r}: {name!r} is not there.{nearest(name, known)}")
     columns = {key: table.columns[key] for key in short["columns"]}
-    return Table(columns, [rows[name] for name in short["rows"]], table.remarks)
+    remarks = [remark.replace(plan.note, plan.fill_note(short.get("note", plan.spec["note"]))) for remark in table.remarks]
+    return Table(columns, [rows[name] for name in short["rows"]], remarks)
 
 
 def _where(plan: Benchmark, results: list[dict[str, Any]]) -> str:
@@ -136,7 +139,7 @@ def _where(plan: Benchmark, results: list[dict[str, Any]]) -> str:
     seeds = max(len([r for r in results if r["run"]["variant"] == variant]) for variant in plan.spec["variants"])
     spread = "Mean ± standard deviation over n seeds; bold where the best leads by more than that. " if seeds > 1 else ""
     equal = f"Compared at equal {plan.spec['equal']}. " if len(plan.spec["variants"]) > 1 and "equal" in plan.spec else ""
-    return f"{spread}{equal}{results[0]['run'].get('note', '')} Measured on {machine}; commit {str(environment['commit'])[:10]}."
+    return f"{spread}{equal}{plan.note} Measured on {machine}; commit {str(environment['commit'])[:10]}."
 
 
 def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> list[str]:
@@ -224,8 +227,8 @@ def _add_relative(table: Table, plan: Benchmark) -> None:
         if kind in (None, *_PAIRED) or not baseline:
             continue
         name = f"{key}:{kind}"
-        how = {"ratio": "/ baseline", "difference": "- baseline", "speedup": "times less than the baseline"}[kind]
-        columns[name] = {**column, "title": f"{column['title']} {how}", "sign": kind == "difference"}
+        how = {"ratio": " / baseline", "difference": " - baseline", "speedup": ", times less than the baseline"}[kind]
+        columns[name] = {**column, "title": f"{column['title']}{how}", "sign": kind == "difference"}
         if kind != "difference":
             columns[name].pop("unit", None)
         for row in table.rows:
@@ -274,7 +277,7 @@ def _add_paired(table: Table, plan: Benchmark, results: list[dict[str, Any]]) ->
         if column["relative"] == "interval":
             continue
         whole = _paired(values.get(report["goal"], {}), base)
-        columns[share] = {"title": f"of the goal's {column['title']}", "digits": 2}
+        columns[share] = {"title": f"share of the goal's gain in {column['title']}", "digits": 2}
         for row in table.rows:
             own = row.cells[difference].mean
             row.cells[share] = Cell(own / whole.mean if own is not None and whole.mean else None, None)

@@ -19,14 +19,18 @@ def test_mean_spread_count_and_difference_to_the_baseline(bench):
     assert "|  | n | loss (nats) | loss - baseline (nats) | speed (tokens/s) |" in text
     assert "| small rate | 2 | 3.100 ± 0.141 | +0.000 | 100 ± 0 |" in text
     assert "| large rate | 1 | **2.000** | -1.100 | 100 |" in text
-    assert "A note. Measured on x, 2 threads; commit cccccccccc." in text
+    assert "1,280 tokens. Measured on x, 2 threads; commit cccccccccc." in text
     assert "Compared at equal tokens." in text
 
 
 def test_a_short_table_has_the_rows_and_columns_that_it_names(bench):
-    plan = bench(lambda spec: spec["report"].update(short={"rows": ["fast"], "columns": ["tokens_per_second"]}))
+    short = {"rows": ["fast"], "columns": ["tokens_per_second"]}
+    plan = bench(lambda spec: spec["report"].update(short=short))
     text = markdown(shortened(make_table(plan, TWO), plan))
+    assert "Compared at equal tokens. 1,280 tokens. Measured on x" in text
     assert "|  | speed (tokens/s) |\n|---|---:|\n| large rate | 100 |\n" in text
+    plan.spec["report"]["short"]["note"] = "A shorter one."
+    assert "Compared at equal tokens. A shorter one. Measured on x" in markdown(shortened(make_table(plan, TWO), plan))
     plan.spec["report"]["short"]["rows"] = ["fats"]
     with pytest.raises(InputError, match=r"short.rows of benchmark 'method': 'fats' is not there. Did you mean 'fast'"):
         shortened(make_table(plan, TWO), plan)
@@ -50,7 +54,7 @@ def test_share_of_the_gain_and_its_interval_are_paired_by_seed(bench):
     losses = {"slow": (3.0, 3.2, 3.4), "fast": (2.0, 2.2, 2.4), "part": (2.2, 2.5, 2.5)}
     results = [result(name, seed, loss) for name, own in losses.items() for seed, loss in enumerate(own)]
     text = markdown(make_table(bench(recovering), results))
-    assert "| loss (nats) | loss - baseline, 95 % interval (nats) | of the goal's loss |" in text
+    assert "| loss (nats) | loss - baseline, 95 % interval (nats) | share of the goal's gain in loss |" in text
     assert "| small rate | 3 | 3.200 ± 0.200 |  |  |" in text
     assert "| -1.000 ± 0.000 | 1.00 |" in text
     # Differences -0.8, -0.7, -0.9: deviation 0.1, times 4.303 / sqrt(3).
