@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from ..datamodules.soft_labels import SoftLabelAppender, StoredSequence, StoreHeader
@@ -86,6 +87,11 @@ class SoftLabelWriter(BasePredictionWriter):
         """Check that the teacher's labels can be written so, before it is loaded."""
         if not isinstance(pl_module, SoftLabelTeacher):
             raise InputError(f"SoftLabelWriter stores what SoftLabelTeacher predicts, not {type(pl_module).__name__}.")
+        if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+            raise InputError(
+                f"trainer.strategy={type(trainer.strategy).__name__}: each rank reads its share of the text with the whole "
+                "teacher. Legal: ddp, or one device."
+            )
         converted = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}.get(str(trainer.precision))
         if converted not in (None, pl_module.weights):
             raise InputError(

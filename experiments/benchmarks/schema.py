@@ -45,6 +45,7 @@ SCHEMA = _mapping(
                     "group": {"type": "string"},
                     "let": _SETTINGS,
                     "model": {"type": "string"},
+                    "compared": {"type": "boolean"},
                     "evaluations": {"type": "array", "items": {"type": "string"}},
                 },
                 "title",

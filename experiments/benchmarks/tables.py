@@ -39,6 +39,7 @@ class Row:
         group: Rows of one group are compared with each other.
         count: Number of results.
         cells: Values by column.
+        compared: Whether it can be the best; a bound that no method can reach is not.
     """
 
     variant: str
@@ -46,6 +47,7 @@ class Row:
     group: str
     count: int
     cells: dict[str, Cell]
+    compared: bool = True
 
 
 @dataclass
@@ -94,7 +96,7 @@ def make_table(plan: Benchmark, results: list[dict[str, Any]], *, mixed: bool = 
         own = [{**result["cost"], **result["metrics"]["final"]} for result in known if result["run"]["variant"] == variant]
         if own:
             cells = {key: _cell([values[key] for values in own if values.get(key) is not None]) for key in columns}
-            rows.append(Row(variant, entry["title"], entry.get("group", ""), len(own), cells))
+            rows.append(Row(variant, entry["title"], entry.get("group", ""), len(own), cells, entry.get("compared", True)))
             part = [columns[key]["title"] for key, cell in cells.items() if 0 < cell.count < len(own)]
             if part:
                 remarks.append(
@@ -105,7 +107,7 @@ def make_table(plan: Benchmark, results: list[dict[str, Any]], *, mixed: bool = 
             raise InputError(f"report {plan.name!r}: no result has the metric {key!r} of report.columns.")
     for key, column in columns.items():
         if "better" in column and rows:
-            _mark_best(rows, key, column["better"])
+            _mark_best([row for row in rows if row.compared], key, column["better"])
     table = Table(dict(columns), rows, remarks)
     _add_paired(table, plan, known)
     _add_relative(table, plan)

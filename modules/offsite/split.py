@@ -24,7 +24,7 @@ class ModelPart(nn.Module):
         stop: The layer behind its last.
 
     Raises:
-        InputError: If there are no such layers.
+        InputError: If there are no such layers, or the model is not laid out as Llama is.
     """
 
     def __init__(self, model: PreTrainedModel, start: int, stop: int) -> None:
@@ -39,6 +39,11 @@ class ModelPart(nn.Module):
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[start:stop]
         base: Any = model.base_model
+        if not (hasattr(base, "norm") and hasattr(base, "embed_tokens") and hasattr(layers[0], "self_attn")):
+            raise InputError(
+                f"{type(model).__name__} cannot be split: its parts are not called as Llama's are (embed_tokens, layers with "
+                "self_attn, norm). Take a model of the kind of Llama, Mistral, Qwen or Gemma."
+            )
         self.norm: nn.Module | None = base.norm if self.is_last else None
         self.head: nn.Module | None = model.get_output_embeddings() if self.is_last else None
         base.norm = nn.Identity()

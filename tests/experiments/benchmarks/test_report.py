@@ -78,6 +78,13 @@ def test_best_is_bold_only_if_it_leads_by_more_than_the_spread(bench):
     assert "**" not in markdown(make_table(bench(), single))  # no spread is known
 
 
+def test_a_bound_is_never_the_best(bench):
+    plan = bench(lambda spec: spec["variants"]["fast"].update(compared=False))
+    text = markdown(make_table(plan, TWO))
+    assert "| large rate | 1 | 2.000 |" in text
+    assert "**" not in text
+
+
 def test_rows_of_another_group_are_not_compared(bench):
     plan = bench(lambda spec: spec["variants"]["fast"].update(group="other teacher"))
     text = markdown(make_table(plan, TWO))
