@@ -24,7 +24,7 @@ def check_documents(source: str, parameter: str) -> None:
 
     Args:
         source: A file (.txt, .md and .rst are one document each; .jsonl and .parquet one a row), a folder of such
-            files, ``hub:owner/name[:split]``, or ``package:python-docs``.
+            files, ``hub:owner/name[/config][:split]``, or ``package:python-docs``.
         parameter: Name of the parameter that holds it, for the message.
     """
     if source.startswith("hub:"):
@@ -36,7 +36,7 @@ def check_documents(source: str, parameter: str) -> None:
     if not path.exists():
         legal = [
             "package:python-docs",
-            "hub:owner/name[:split]",
+            "hub:owner/name[/config][:split]",
             f"a file ({', '.join(TEXT_SUFFIXES + ROW_SUFFIXES)})",
             "a folder",
         ]
@@ -104,7 +104,7 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL or Parquet file, of a hub data set, or of the embedded task.
 
     Args:
-        source: File name, ``hub:owner/name[:split]``, or ``package:docstrings``.
+        source: File name, ``hub:owner/name[/config][:split]``, or ``package:docstrings``.
 
     Raises:
         DataError: If a line is no JSON object, or the hub cannot be reached.
@@ -141,9 +141,10 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
 def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
     import datasets
 
-    name, _, split = source.removeprefix("hub:").partition(":")
+    place, _, split = source.removeprefix("hub:").partition(":")
+    owner, name, config = [*place.split("/", 2), "", ""][:3]
     try:
-        data = datasets.load_dataset(name, split=split or "train")
+        data = datasets.load_dataset(f"{owner}/{name}" if name else owner, config or None, split=split or "train")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{source!r} could not be read from the hub ({str(error).splitlines()[0]}). Check the name, the split and the "

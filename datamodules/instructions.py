@@ -18,7 +18,7 @@ class InstructionDataModule(TokenDataModule):
     """Rows of a prompt and a response, rendered with the model's chat template; only the response carries loss.
 
     Args:
-        train: A .jsonl or .parquet file or ``hub:owner/name[:split]`` with one prompt and response a row; or
+        train: A .jsonl or .parquet file or ``hub:owner/name[/config][:split]`` with one prompt and response a row; or
             ``package:docstrings``, a small embedded task.
         val: Rows to validate on; None holds out a part of the training rows.
         val_fraction: Share of the training rows that is held out when ``val`` is None, in [0, 1).
@@ -60,7 +60,8 @@ class InstructionDataModule(TokenDataModule):
             check_documents(source, name)
             if not source.startswith("hub:") and Path(source).suffix not in (".jsonl", ".parquet"):
                 raise DataError(
-                    f"{name}={source!r} has no rows. Legal: a .jsonl or .parquet file, hub:owner/name[:split], {ROWS_PACKAGE}."
+                    f"{name}={source!r} has no rows. Legal: a .jsonl or .parquet file, hub:owner/name[/config][:split], "
+                    f"{ROWS_PACKAGE}."
                 )
         if not 0 <= val_fraction < 1:
             raise DataError(f"val_fraction={val_fraction} is no share of the rows. Legal: 0 up to, not including, 1.")

@@ -17,7 +17,7 @@ class TextDataModule(TokenDataModule):
 
     Args:
         train: Text to train on: a .txt, .md or .rst file (one document), a .jsonl or .parquet file (one a row), a folder
-            of such files, ``hub:owner/name[:split]``, or ``package:python-docs``.
+            of such files, ``hub:owner/name[/config][:split]``, or ``package:python-docs``.
         val: Text to validate on, of the same kinds; None holds out a part of the training text.
         val_fraction: Share of the training text's tokens that is held out when ``val`` is None, in [0, 1).
         block_size: Tokens in a block.

@@ -14,7 +14,7 @@ from .tasks import SPLITS
 Row = dict[str, Any]
 
 _SEPARATED = {".csv": ",", ".tsv": "\t"}
-_LEGAL = "a .csv, .tsv, .jsonl or .parquet file, or hub:owner/name[:split]"
+_LEGAL = "a .csv, .tsv, .jsonl or .parquet file, or hub:owner/name[/config][:split]"
 
 
 @dataclass
@@ -22,7 +22,7 @@ class TableRows:
     """Where labelled rows come from.
 
     Args:
-        train: Rows to train on: a .csv, .tsv, .jsonl or .parquet file, or ``hub:owner/name[:split]``.
+        train: Rows to train on: a .csv, .tsv, .jsonl or .parquet file, or ``hub:owner/name[/config][:split]``.
         val: Rows to validate on; None holds out a part of ``train``.
         test: Rows for ``test``; None takes those of ``val``.
         predict: Rows for ``predict``, all of them, which need no label; None takes those of ``test``.
@@ -68,7 +68,7 @@ def check_table(source: str, parameter: str) -> None:
     """Raise a DataError for a source of rows that cannot be read. Reads no content.
 
     Args:
-        source: A .csv, .tsv, .jsonl or .parquet file, or ``hub:owner/name[:split]``.
+        source: A .csv, .tsv, .jsonl or .parquet file, or ``hub:owner/name[/config][:split]``.
         parameter: Name of the parameter that holds it, for the message.
     """
     path = Path(source).expanduser()

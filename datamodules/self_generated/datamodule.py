@@ -34,12 +34,12 @@ class SelfGeneratedCalibration(TokenDataModule):
     calibrates better than a text or people's answers do (MoA, arXiv 2406.14909), which are here too, to compare.
 
     Args:
-        documents: Source of texts: a file, a folder, ``package:python-docs``, ``hub:owner/name[:split]``; short ones are put
-            together and very long ones cut at the ends of lines. None asks questions alone.
+        documents: Source of texts: a file, a folder, ``package:python-docs``, ``hub:owner/name[/config][:split]``; short ones
+            are put together and very long ones cut at the ends of lines. None asks questions alone.
         text_field: Column of the text in JSONL, Parquet and hub data.
         documents_from: Model that writes the texts, each going on from the first words of a document; None takes the documents
             as people wrote them.
-        questions: A .jsonl or .parquet file or ``hub:owner/name[:split]`` with a question a row; None asks none.
+        questions: A .jsonl or .parquet file or ``hub:owner/name[/config][:split]`` with a question a row; None asks none.
         question_field: Column of the question; of a list, the first turn is asked.
         answer_field: Column of people's answer, for ``supervision: human``.
         kinds: What is asked: ``summary``, ``retrieval``, ``question``; None takes all that there is data for.
@@ -104,7 +104,9 @@ class SelfGeneratedCalibration(TokenDataModule):
         if questions is not None:
             check_documents(questions, "questions")
             if not questions.startswith("hub:") and Path(questions).suffix not in (".jsonl", ".parquet"):
-                raise DataError(f"questions={questions!r} has no rows. Legal: a .jsonl or .parquet file, hub:owner/name[:split].")
+                raise DataError(
+                    f"questions={questions!r} has no rows. Legal: a .jsonl or .parquet file, hub:owner/name[/config][:split]."
+                )
         for name, source in (("documents_from", documents_from), ("answers_from", answers_from)):
             if source is not None:
                 resolve_source(source)

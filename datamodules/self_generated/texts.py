@@ -57,7 +57,7 @@ def read_questions(source: str, question_field: str, answer_field: str, *, answe
     """Return questions, each once, with people's answers where there are some.
 
     Args:
-        source: A .jsonl or .parquet file or ``hub:owner/name[:split]``.
+        source: A .jsonl or .parquet file or ``hub:owner/name[/config][:split]``.
         question_field: Column of the question; of a list of turns the first is taken.
         answer_field: Column of the answer.
         answers: Whether every question needs one.

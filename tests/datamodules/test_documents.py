@@ -56,6 +56,27 @@ def test_unreachable_hub_says_what_to_do():
 
 
 @pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hub:owner/name", ("owner/name", None, "train")),
+        ("hub:owner/name:test[:9]", ("owner/name", None, "test[:9]")),
+        ("hub:owner/name/main:test", ("owner/name", "main", "test")),
+        ("hub:gsm8k", ("gsm8k", None, "train")),
+    ],
+)
+def test_a_hub_set_has_a_name_a_config_and_a_split(source, asked, monkeypatch):
+    datasets, found = pytest.importorskip("datasets"), []
+
+    def load(name, config, split):
+        found.append((name, config, split))
+        return [{"text": "sand"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(read_documents(source)) == ["sand"]
+    assert found == [asked]
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [('{"tekst": "a"}', r"row 1.*text_field='text'.*Did you mean 'tekst'"), ("{", "line 1: no JSON"), ("[1]", "line 1: a list")],
 )
