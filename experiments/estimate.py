@@ -25,7 +25,7 @@ from ..datamodules.base import TokenDataModule
 from ..errors import InputError, nearest
 from ..modules.base import PretrainedModule, Rehearsal
 from ..modules.linear_loss import default_chunk, linear_loss
-from ..modules.pretrained import load_config
+from ..modules.pretrained import compute_device, load_config
 
 _PROBED_OPERATIONS = {"cpu": 2 * 10**11, "cuda": 2 * 10**13}  # some seconds, or less
 console = Console(width=None if sys.stdout.isatty() else 130)
@@ -198,7 +198,7 @@ def operations_per_second(config: Any, plan: Plan) -> float:
         config: The model's.
         plan: How it is trained.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device()
     small = copy.deepcopy(config.get_text_config())
     small.num_hidden_layers, small.vocab_size, small.pad_token_id = 2, 8, None
     if getattr(small, "layer_types", None):

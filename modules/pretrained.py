@@ -337,3 +337,8 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
             "losses computed from hidden states would be wrong, so this model is not supported."
         )
     return head.weight
+
+
+def compute_device() -> str:
+    """Return ``cuda`` where there is a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ import torch
 from rich.progress import track
 from transformers import DynamicCache, PreTrainedModel
 
-from ...modules.pretrained import load_model
+from ...modules.pretrained import compute_device, load_model
 from ...modules.span_attention.rules import SpanPlan, SpanRule
 from ...modules.spans import SpanCache, apply_plan, plan_of, remove_plan
 from ..gradient_pruning.measure import PRUNING, train_over_link
@@ -37,7 +37,7 @@ def running(*, seed: int, model: str, source: str, context: int, tokens: int, ro
         ``parameters``; ``cache_bytes`` behind the last token; ``tokens_per_second``; ``decode_speedup`` and
         ``prefill_speedup`` against the original (medians of neighbours).
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device()
     loaded = {name: load_model(name, "float32").to(device).eval() for name in (model, source)}  # type: ignore[arg-type]
     sizes = [int(each.config.vocab_size) for each in loaded.values()]
     ids = torch.randint(0, min(sizes), (1, context), generator=torch.Generator().manual_seed(seed))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from ...errors import InputError
 from ...files import write_json
-from ...modules.pretrained import Dtype, load_model, load_tokenizer, model_fingerprint, resolve_source
+from ...modules.pretrained import Dtype, compute_device, load_model, load_tokenizer, model_fingerprint, resolve_source
 from ..configs import data_folder
 from ..environment import environment
 from ..parsing import Parser
@@ -69,7 +68,7 @@ def evaluate(
     problems = find_problems(folder) if NAME in names else None
     specs = [_task(name, folder) for name in names if name != NAME]
     harness = _harness() if specs else None
-    loaded = load_model(source.name, weights).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    loaded = load_model(source.name, weights).to(compute_device())  # type: ignore[arg-type]
     tokenizer = load_tokenizer(source.name)
     metrics = {} if problems is None else human_eval(loaded, tokenizer, problems, limit)
     if harness is not None:

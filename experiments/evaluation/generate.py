@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ...errors import InputError
 from ...modules.language_model import GenerationSettings
 from ...modules.offsite import OffsitePrefixTuning, OwnerAccess, behind_prefix
-from ...modules.pretrained import Dtype, load_model, load_tokenizer
+from ...modules.pretrained import Dtype, compute_device, load_model, load_tokenizer
 from ..parsing import Parser
 from .candidates import score_candidates
 from .code_execution import run_code
@@ -96,7 +96,7 @@ def generate(
         asked = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     length = 0
     if offsite is None:
-        loaded = load_model(model, weights)
+        loaded = load_model(model, weights).to(compute_device())  # type: ignore[arg-type]
     else:
         offsite.configure_model()
         assert offsite.model is not None
@@ -177,7 +177,7 @@ def continue_text(
         ends: Texts that end the writing, themselves left out.
         length: Virtual positions of a prefix that the model has.
     """
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=special).to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise InputError("prompt is empty. Give at least one character to go on with.")
     asked = behind_prefix({name: inputs[name] for name in ("input_ids", "attention_mask")}, length)

@@ -20,6 +20,7 @@ from ...errors import InputError, nearest
 from ...files import atomic_folder, cache_folder, digest, write_json
 from ...modules import FeatureWeighting, MultiTask, WarmupCosine
 from ...modules.multitask import LeastSquaresProjector
+from ...modules.pretrained import compute_device
 from ..benchmarks.fingerprints import code_version
 from ..measuring import extra_memory, pairs
 
@@ -241,7 +242,7 @@ def _stepper(course: Course, combination: str, names: list[str], *, one_task: bo
         enable_progress_bar=False,
     )
     trainer.fit(module, data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(compute_device())
     optimizer = torch.optim.SGD(module.to(device).parameters(), lr=0.0)
     module.log = lambda *args, **settings: None  # type: ignore[method-assign]
     # The first name's task in both, so that memory differs by the tasks held alone.

@@ -17,7 +17,7 @@ from ...datamodules.documents import read_documents
 from ...datamodules.self_generated.prompts import PromptForm, retrieval
 from ...datamodules.self_generated.texts import Filler, pieces
 from ...errors import InputError
-from ...modules.pretrained import Dtype, head_weight, load_model, load_tokenizer
+from ...modules.pretrained import Dtype, compute_device, head_weight, load_model, load_tokenizer
 from ...modules.span_attention.rules import SpanPlan, SpanRule, full_layers
 from ...modules.spans import Budget, CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
 from ...modules.spans.ablation import ablate, compare_with_ablation
@@ -101,7 +101,7 @@ def _would_write(model: PreTrainedModel, ids: list[int], answer: list[int]) -> b
 
 
 def _loaded(source: str, weights: Dtype) -> PreTrainedModel:
-    return load_model(source, weights).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return load_model(source, weights).to(compute_device())  # type: ignore[arg-type]
 
 
 def closeness(
