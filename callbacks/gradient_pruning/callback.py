@@ -142,9 +142,6 @@ class GradientPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the exchange into DDP's backward pass."""
         self._attach(trainer, pl_module)
-        total = trainer.estimated_stepping_batches
-        self.total_steps = 0 if total == float("inf") else int(total)
-        self.warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * self.total_steps)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
@@ -163,7 +160,10 @@ class GradientPruning(Callback):
             leave_group_at_exit()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Find out how long the run is, and start the clock."""
+        total = trainer.estimated_stepping_batches  # in on_fit_start it would lose a checkpoint's place in the data
+        self.total_steps = 0 if total == float("inf") else int(total)
+        self.warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * self.total_steps)
         self._begin_step(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -247,6 +247,7 @@ class FusionCompression(SoftLabelDistillation):
 
     def on_train_start(self) -> None:
         """Measure the large model and the small one's start on held-out text; a run that goes on has done so."""
+        super().on_train_start()
         if self.held_out:
             return
         assert self.model is not None

@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from fulgurite.callbacks import FixedRate, GradientPruning
 from fulgurite.datamodules import TextDataModule
 from fulgurite.errors import InputError
 from fulgurite.modules import LanguageModel, SoftLabelDistillation, WarmupCosine
@@ -61,6 +63,26 @@ def test_checkpoint_of_plain_python_loads_with_weights_only(tmp_path, text_file,
     assert loaded.model.config.num_hidden_layers == 2
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "callbacks", [[], [GradientPruning(FixedRate(0.5), warmup=0.2, at_checkpoint="save")]], ids=["plain", "pruned"]
+)
+def test_a_run_of_epochs_goes_on_in_the_middle_of_one(tmp_path, text_file, callbacks):
+    """Also where schedules and callbacks ask how long the run is."""
+    data = TextDataModule(str(text_file), block_size=64, batch_size=2, seed=0)
+    ends = []
+    for place in (None, tmp_path / "step=5.ckpt"):
+        seed_everything(0)
+        model = build(lr_scheduler=WarmupCosine)
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+        run = trainer(tmp_path, max_epochs=2, callbacks=[*callbacks, keep])
+        run.fit(model, data, ckpt_path=place, weights_only=True if place else None)
+        ends.append((run.global_step, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+    (steps, whole), (again, parts) = ends
+    assert steps == again > 10
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path, text_file):
