@@ -16,7 +16,7 @@ from ...modules import OffsitePrefixTuning, WarmupCosine
 from ...modules.offsite import EmulatorManifest, ModelPart, Prefix, PrefixSettings
 from ...modules.offsite.averaging import average_prefixes
 from ...modules.offsite.owner import OwnerLayers
-from ...modules.offsite.prefix import LayerMap
+from ...modules.offsite.prefix import Kind, LayerMap
 from ...modules.offsite.remote import LocalOwner
 from ...modules.pretrained import load_model
 from ..benchmarks.fingerprints import code_version
@@ -45,15 +45,16 @@ class Ladder:
         emulator: Folder of its emulator.
         task: Name of the task.
         rows: Folder of ``write_task``.
-        length: Of the prefix.
+        prefix: Kind and length of the prefix.
         batch_size: Examples a step.
         seed: Of everything.
     """
 
-    def __init__(self, full: str, emulator: str, task: str, rows: str, length: int, batch_size: int, seed: int) -> None:
-        self.full, self.emulator, self.length, self.seed = full, emulator, length, seed
+    def __init__(
+        self, full: str, emulator: str, task: str, rows: str, prefix: PrefixSettings, batch_size: int, seed: int
+    ) -> None:
+        self.full, self.emulator, self.prefix, self.seed = full, emulator, prefix, seed
         self.common: dict[str, Any] = {"candidates": CANDIDATES[task], "weights": "bfloat16"}
-        self.prefix = PrefixSettings(length=length)
         files: dict[str, Any] = {"train": str(Path(rows) / "train.jsonl"), "val": str(Path(rows) / "test.jsonl")}
         self.data = partial(PartyDataModule, **files, batch_size=batch_size, max_length=512, seed=seed)
         self.tokens = 0
@@ -100,7 +101,17 @@ class Ladder:
 
     def on_emulator(self, steps: int, rate: float, **data: Any) -> Path:
         """Return the folder of a prefix tuned on the emulator; the same one is tuned once."""
-        key = [self.emulator, str(self.data.keywords), self.common, self.length, steps, rate, self.seed, data, code_version()]
+        key = [
+            self.emulator,
+            str(self.data.keywords),
+            self.common,
+            str(self.prefix),
+            steps,
+            rate,
+            self.seed,
+            data,
+            code_version(),
+        ]
         weights = EmulatorManifest.load(Path(self.emulator)).files
         folder = cache_folder("offsite", digest([key, weights]))
         if not folder.is_dir():
@@ -130,6 +141,7 @@ def rung(
     full: str,
     emulator: str,
     rows: str,
+    prefix: Kind,
     length: int,
     batch_size: int,
     tune_steps: int,
@@ -150,6 +162,7 @@ def rung(
         full: Source of the owner's model.
         emulator: Folder of its emulator.
         rows: Folder of ``write_task``.
+        prefix: ``prompts`` or ``key_values``; PEFT's has keys and values in any case.
         length: Of the prefix.
         batch_size: Examples a step.
         tune_steps: Optimizer steps on the emulator.
@@ -166,7 +179,7 @@ def rung(
     """
     if kind not in RUNGS:
         raise InputError(f"kind={kind!r} is no rung.{nearest(kind, RUNGS)}")
-    ladder = Ladder(full, emulator, task, rows, length, batch_size, seed)
+    ladder = Ladder(full, emulator, task, rows, PrefixSettings(prefix, length), batch_size, seed)
     if kind in ("zero", "emulator-zero"):
         return ladder.score(ladder.plugged(full if kind == "zero" else emulator))
     if kind == "central":

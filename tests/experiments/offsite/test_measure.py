@@ -29,7 +29,15 @@ def settings(tmp_path_factory):
     trainer = Trainer(max_steps=0, accelerator="cpu", logger=False, callbacks=[export], enable_checkpointing=False)
     trainer.fit(module, TextDataModule(str(root / "text.txt"), block_size=64))
     common = {"task": "sst2", "full": "random:tiny", "emulator": str(root / "emulator"), "rows": str(root), "seed": 0}
-    sizes = {"length": 2, "batch_size": 4, "tune_steps": 4, "split_steps": 2, "tune_rate": 1e-2, "split_rate": 1e-2}
+    sizes = {
+        "prefix": "key_values",
+        "length": 2,
+        "batch_size": 4,
+        "tune_steps": 4,
+        "split_steps": 2,
+        "tune_rate": 1e-2,
+        "split_rate": 1e-2,
+    }
     return {**common, **sizes}
 
 
