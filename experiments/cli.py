@@ -132,8 +132,9 @@ class FulguriteCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if config.get("dry_run"):
             return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-        name = config.get("run") or _shared_run_name()
-        folder = Path(config["runs_folder"]) / config["experiment"] / name
+        folder = Path(config["runs_folder"]) / config["experiment"]
+        name = config.get("run") or _shared_run_name(folder)
+        folder /= name
         config["run"] = name
         kwargs["default_root_dir"] = str(folder)
         settings = self._get(self.config_init, "trainer", default={})
@@ -201,15 +202,15 @@ class FulguriteCLI(LightningCLI):
             log.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in sorted(figures.items())))
 
 
-def _shared_run_name() -> str:
-    """Return the time as a run's name, the same in every process of the run."""
+def _shared_run_name(folder: Path) -> str:
+    """Return the time as the name of a run in a folder, the same in every process of the run."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _RUN_VARIABLE not in os.environ:
         # Started by torchrun or a cluster: every process would read its own clock.
         job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
         if job in (None, "none"):
             raise InputError("--run is missing: processes started from outside need one name for their common folder.")
         return str(job)
-    return os.environ.setdefault(_RUN_VARIABLE, new_run_name())
+    return os.environ.setdefault(_RUN_VARIABLE, new_run_name(folder))
 
 
 def _resolved(words: list[str]) -> list[str]:

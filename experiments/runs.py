@@ -13,9 +13,11 @@ _BEGINNINGS = ("config*.yaml", "environment*.json", "hparams.yaml", "events.out.
 DEFAULTS = {"runs_folder": "runs", "experiment": "default"}
 
 
-def new_run_name() -> str:
-    """Return a name for a run that was given none: the time, which sorts."""
-    return time.strftime("%Y-%m-%dT%H-%M-%S")
+def new_run_name(folder: Path) -> str:
+    """Return a name for a run that was given none: the time, which sorts; a second later where another run has it."""
+    while (folder / (name := time.strftime("%Y-%m-%dT%H-%M-%S"))).exists():
+        time.sleep(0.1)
+    return name
 
 
 def flag_values(words: list[str], *flags: str) -> Iterator[tuple[int, str]]:
