@@ -81,24 +81,25 @@ class PretrainedModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if self.trainer.train_dataloader is not None:  # a stage that begins while the run is on
-            self._set_length(scheduler)
+        self._set_length(scheduler)
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             settings |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def on_train_start(self) -> None:
-        """Tell schedules how long the run is.
-
-        Not before: the estimate makes the Trainer prepare its data, and data that were prepared before a checkpoint's loops were
-        restored begin at the first batch again.
-        """
+        """Tell schedules how long the run is."""
         for each in self.trainer.lr_scheduler_configs:
             self._set_length(each.scheduler)
 
     def _set_length(self, scheduler: Any) -> None:
-        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+        """Tell a schedule how long the run is, once the Trainer has its data.
+
+        The estimate would make it prepare them, and data that were prepared before a checkpoint's loops were restored begin at
+        the first batch again.
+        """
+        unknown = isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None
+        if unknown and self.trainer.train_dataloader is not None:
             scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches) - self._first_step)
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:

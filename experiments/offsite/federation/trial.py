@@ -82,7 +82,7 @@ def prefix_to_begin_with(start: Path, configs: list[Path], folder: Path) -> Path
     Raises:
         InputError: If the prefix is damaged, or some parties tune through the split and some do not.
     """
-    settings = [(yaml.safe_load(file.read_text("utf-8")).get("model") or {}).get("init_args") or {} for file in configs]
+    settings = [((yaml.safe_load(file.read_text("utf-8")) or {}).get("model") or {}).get("init_args") or {} for file in configs]
     phases = {one.get("phase", "emulator") for one in settings}
     if len(phases) > 1:
         raise InputError(f"configs: their phases are {sorted(phases)}; the prefixes of a round have to be for one model.")
