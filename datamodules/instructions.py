@@ -91,14 +91,23 @@ class InstructionDataModule(TokenDataModule):
             val = self._rows(self.val_source, "val")
         else:
             train.sort(key=lambda row: hashlib.sha256(json.dumps(row).encode()).digest())
-            held_out = max(int(len(train) * self.val_fraction), 1) if self.val_fraction and len(train) > 1 else 0
+            held_out = self._held_out(len(train))
             val, train = train[:held_out], train[held_out:]
+        train = self._own(train)
         self.train_set = self._examples(train, "train")
         self.val_set = self._examples(val, "val") if val else None
         prompts = PromptExamples([self._ids(prompt)[0] for prompt, _ in val or train])
         self.predict_set = {"prompts": prompts, "train": self.train_set, "val": self.val_set}[self.predict_split]
         if self.predict_set is None and stage == "predict":
             raise DataError("predict_split='val', but there are no validation rows: give val, or val_fraction above 0.")
+
+    def _held_out(self, rows: int) -> int:
+        """Return how many of the training rows are held out."""
+        return max(int(rows * self.val_fraction), 1) if self.val_fraction and rows > 1 else 0
+
+    def _own(self, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return the rows that are trained on here."""
+        return rows
 
     def _rows(self, source: str, name: str) -> list[tuple[str, str]]:
         rows = []

@@ -19,10 +19,10 @@ class PartyDataModule(InstructionDataModule):
         alpha: Split each response's rows by a draw from the symmetric Dirichlet distribution with this parameter, as
             federated learning is tried on unlike parties (arXiv 1909.06335); None gives all parties alike rows.
         split_seed: Seed of the split; every party has to give the same.
-        val: Rows to validate on, the same for all parties; None holds out a part of the party's own rows.
-        val_fraction: Share of the party's rows that is held out when ``val`` is None, in [0, 1).
+        val: Rows to validate on; None holds some of ``train`` out, of a common file the same ones at all parties.
+        val_fraction: Share of the rows that is held out when ``val`` and ``val_rows`` are None, in [0, 1).
         train_rows: Number of rows to train on, of all parties together; the others are left out. None takes all.
-        val_rows: Number of rows to validate on; None takes all.
+        val_rows: Number of rows to validate on, of ``val`` or held out; None takes all of ``val``, or ``val_fraction``.
         prompt_field: Column of the prompt.
         response_field: Column of the response.
         max_length: Tokens of a row at most; longer rows are cut at the end, rows whose prompt alone is longer left out.
@@ -71,22 +71,36 @@ class PartyDataModule(InstructionDataModule):
             raise DataError(f"party={party}, parties={parties}: legal are parties from 0 to {max(parties, 1) - 1}.")
         if alpha is not None and alpha <= 0:
             raise DataError(f"alpha={alpha} is no parameter of a Dirichlet distribution. Legal: above 0, or null.")
+        if alpha is not None and parties == 1:
+            raise DataError(f"alpha={alpha} splits rows among parties, but parties=1. Give two or more, or leave it out.")
         for name, value in (("train_rows", train_rows), ("val_rows", val_rows)):
             if value is not None and value < 1:
                 raise DataError(f"{name}={value} leaves no row. Legal: 1 or more, or null.")
         self.party, self.parties, self.alpha, self.split_seed = party, parties, alpha, split_seed
-        self.limits = {"train": train_rows, "val": val_rows}
+        self.train_rows, self.val_rows = train_rows, val_rows
 
     def _rows(self, source: str, name: str) -> list[tuple[str, str]]:
-        rows = super()._rows(source, name)[: self.limits[name]]
-        if name == "train" and self.parties > 1:
+        limit = self.train_rows if name == "train" else self.val_rows
+        if name == "train" and limit is not None and self.val_source is None:
+            limit += self.val_rows or 0
+        return super()._rows(source, name)[:limit]
+
+    def _held_out(self, rows: int) -> int:
+        if self.val_rows is None:
+            return super()._held_out(rows)
+        if self.val_rows >= rows:
+            raise DataError(f"val_rows={self.val_rows}: train={self.train_source!r} has {rows} rows. Leave some to train on.")
+        return self.val_rows
+
+    def _own(self, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        if self.parties > 1:
             rows = share_of(rows, self.party, self.parties, self.alpha, self.split_seed)
             if not rows:
                 raise DataError(
                     f"party={self.party} of {self.parties} gets no row with alpha={self.alpha}, split_seed={self.split_seed}. "
                     "Give another split_seed, a larger alpha, or fewer parties."
                 )
-        self._content[name] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+        self._content["train"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
         return rows
 
 

@@ -50,7 +50,7 @@ class PeftTuning(OffsitePrefixTuning):
         assert self.model is not None
         ids = batch["input_ids"]
         past = self._peft[0].get_prompt(batch_size=len(ids))
-        positions = torch.arange(self.virtual, self.virtual + ids.shape[1]).expand(len(ids), -1)
+        positions = torch.arange(self.virtual, self.virtual + ids.shape[1], device=ids.device).expand(len(ids), -1)
         return self.model.base_model(
             input_ids=ids, position_ids=positions, past_key_values=past, use_cache=True
         ).last_hidden_state

@@ -1,4 +1,4 @@
-"""How much of a party's text can its owner read from the states that are sent? An attack that is trained on public text."""
+"""How much of a party's text can its owner read from what it gets? An attack on states, trained on public text; one on gradients."""
 
 import torch
 from rich.progress import track
@@ -81,6 +81,38 @@ def inversion(
             for own, one in zip(hidden.split(8), seen.split(8))
         ]
     return {"recovered": float(torch.cat(right).float().mean())}
+
+
+def labels(*, seed: int, source: str, private: str, private_tokens: int) -> dict[str, float]:
+    """Return how many labels an owner reads from the gradients that come back where the party keeps the head (``head: party``).
+
+    The owner has the final norm and the head, too, and knows the states that it gave: of each label it can compute the gradient
+    that would come. The true one has the direction of one of them.
+
+    Args:
+        seed: Not used: nothing is drawn.
+        source: The model.
+        private: Text whose blocks' last tokens are the labels; see ``TextDataModule``.
+        private_tokens: Of it.
+    """
+    model = load_model(source, "float32").requires_grad_(False)
+    weight = head_weight(model)
+    ids = _blocks(private, private_tokens, source)
+    whole = ModelPart(model, 0, int(model.config.num_hidden_layers))
+    right = []
+    for rows in track(ids.split(8), description="Reading gradients"):
+        positions = torch.arange(rows.shape[1] - 1).expand(len(rows), -1)
+        with torch.no_grad():
+            states = whole(rows[:, :-1], position_ids=positions)[:, -1]
+        given = states.requires_grad_()
+        torch.nn.functional.cross_entropy(whole.logits(given), rows[:, -1]).backward()
+        assert given.grad is not None
+        for state, gradient, label in zip(given.detach(), given.grad, rows[:, -1]):
+            jacobian = torch.func.jacrev(whole.norm)(state)  # type: ignore[arg-type]  # [hidden size, hidden size]
+            expected = whole.logits(state).softmax(-1) @ weight
+            would_come = nn.functional.normalize((expected - weight) @ jacobian, dim=1)
+            right.append(int((would_come @ gradient).argmax()) == int(label))
+    return {"recovered": sum(right) / len(right)}
 
 
 def _blocks(text: str, tokens: int, source: str) -> Tensor:

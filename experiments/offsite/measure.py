@@ -18,7 +18,7 @@ from ...modules.offsite.averaging import average_prefixes
 from ...modules.offsite.owner import OwnerLayers
 from ...modules.offsite.prefix import Kind, LayerMap
 from ...modules.offsite.remote import LocalOwner
-from ...modules.pretrained import load_model
+from ...modules.pretrained import compute_device, load_model
 from ..benchmarks.fingerprints import code_version
 from .baselines import PeftTuning
 from .tasks import CANDIDATES
@@ -126,7 +126,8 @@ class Ladder:
         module = self.tuning(self.emulator, rate, phase="split", start=str(start), layer_map=layer_map)
         manifest = EmulatorManifest.load(Path(self.emulator))
         whole = load_model(self.full, "bfloat16")
-        module.owner = LocalOwner(OwnerLayers(ModelPart(whole, manifest.identical, manifest.layers), most_graphs=1))
+        part = ModelPart(whole, manifest.identical, manifest.layers).to(compute_device())
+        module.owner = LocalOwner(OwnerLayers(part, most_graphs=1))
         module.cut = manifest.identical
         found = self.fit(module, steps, **data)
         assert isinstance(found, OffsitePrefixTuning)

@@ -82,7 +82,7 @@ def _party(root: Path) -> dict[str, float]:
     whole, own = (load_model(told["source"], "bfloat16").requires_grad_(False) for _ in range(2))
     layers = len(decoder_layers(whole))
     prefix = Prefix.random(whole, PrefixSettings(length=length), seed=told["seed"])
-    owners = OwnersLayers(client, length, prefix.within(cut, layers))
+    owners = OwnersLayers(client, layers - cut, length, prefix.within(cut, layers))
     split = split_model(own, cut, owners)
     generator = torch.Generator().manual_seed(told["seed"])
     ids = torch.randint(10, int(whole.config.vocab_size), (told["rows"], told["tokens"]), generator=generator)

@@ -56,6 +56,8 @@ def serve(
     device: str = "cpu",
     lifetime: float = 600.0,
     most_message_bytes: int = 1 << 26,
+    most_batch_tokens: int = 1 << 14,
+    most_step_tokens: int = 1 << 17,
     most_tokens: int = 8192,
     announce: str | None = None,
 ) -> None:
@@ -73,6 +75,8 @@ def serve(
         device: Where the layers are computed, such as ``cuda``.
         lifetime: Seconds of silence after which what a party sent is forgotten; it then sends it again by itself.
         most_message_bytes: Of a message from a party.
+        most_batch_tokens: Of a batch, virtual positions too.
+        most_step_tokens: Of all batches of a party's optimizer step.
         most_tokens: Of a text that is written.
         announce: JSON file to write the address into once the service answers.
     """
@@ -96,7 +100,13 @@ def serve(
     fingerprint = model_fingerprint(whole)
     if offered is not None and offered.manifest.model != fingerprint:
         raise InputError(f"emulator={emulator!r} was made of another model than model={model!r}.")
-    owned = OwnerLayers(ModelPart(whole, cut, layers).to(device), lifetime=lifetime)
+    owned = OwnerLayers(
+        ModelPart(whole, cut, layers).to(device),
+        lifetime=lifetime,
+        most_sessions=len(known) or 1,
+        most_batch_tokens=most_batch_tokens,
+        most_step_tokens=most_step_tokens,
+    )
     server = OwnerServer(
         owned,
         model=fingerprint,

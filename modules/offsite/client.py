@@ -60,9 +60,22 @@ class OwnerClient:
         except (OSError, ValueError) as error:  # a damaged certificate is an OSError, too
             raise InputError(f"certificate={str(certificate)!r} cannot be read as a PEM certificate: {error}.") from error
         self.address, self.patience, self.deadline = address, patience, deadline
-        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        options = {
+            "max_receive_message_length": -1,
+            "max_send_message_length": -1,
+            # An owner that comes back is found at once, and a line that has gone dead is noticed.
+            "initial_reconnect_backoff_ms": 100,
+            "min_reconnect_backoff_ms": 1000,
+            "max_reconnect_backoff_ms": 1000,
+            "keepalive_time_ms": 20_000,
+            "keepalive_timeout_ms": 10_000,
+        }
         grpc = self._grpc = load_grpc()
-        self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(trusted), options=unlimited)
+        self._channel = grpc.secure_channel(
+            address,
+            grpc.ssl_channel_credentials(trusted),
+            options=[(f"grpc.{name}", value) for name, value in options.items()],
+        )
         self._metadata = ((TOKEN_KEY, f"Bearer {token}"),)
         self._shape: SplitShape | None = None
         self.sent_bytes = self.received_bytes = 0
@@ -125,14 +138,15 @@ class OwnerClient:
 
     def _ask(self, name: str, data: bytes) -> bytes:
         call = self._channel.unary_unary(f"/{SERVICE}/{name}")
-        until, said = time.monotonic() + self.patience, 0.0
+        until, said = 0.0, 0.0
         for attempt in range(1 << 30):
             try:
                 answer: bytes = call(data, metadata=self._metadata, timeout=self.deadline)
             except self._grpc.RpcError as error:
+                now = time.monotonic()
+                until = until or now + self.patience  # counted from the first failure: a long call is no impatience
                 self._consider(error, name, until)
                 pause = _PAUSES[min(attempt, len(_PAUSES) - 1)]
-                now = time.monotonic()
                 if now - said >= _SAY_AGAIN:
                     log.info("The owner at %s does not answer; asking again for %.0f s", self.address, max(until - now, 0))
                     said = now
@@ -150,7 +164,8 @@ class OwnerClient:
             raise UnknownStep(details) from error
         if code == status.INVALID_ARGUMENT:
             raise FrameError(f"The owner refuses {name}: {details}") from error
-        if code not in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED):
+        busy = code == status.RESOURCE_EXHAUSTED and "larger than" not in details
+        if not busy and code not in (status.UNAVAILABLE, status.DEADLINE_EXCEEDED, status.CANCELLED):
             raise InputError(f"The owner at {self.address} refuses {name} ({code.name.lower()}): {details}") from error
         if _DISTRUST.search(details):
             raise InputError(

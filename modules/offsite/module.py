@@ -56,7 +56,8 @@ class OffsitePrefixTuning(LanguageModel):
             nobody, and the prefix has rows in the ``party``'s layers only.
         noise: In ``split``, deviation of Gaussian noise on the states that are sent, as a share of each token's root mean square:
             harder to read for the owner, and for its layers.
-        send_labels: With ``head: owner``, let the owner compute the loss: it then knows the labels.
+        send_labels: With ``head: owner``, let the owner compute the loss from the labels, which saves bytes. It could read them
+            from the gradients, too.
         candidates: Answers to choose from, each beginning with another token; with ``head: owner``, only their logits are asked.
         optimizer: Optimizer, given its parameters.
         lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
@@ -234,7 +235,7 @@ class OffsitePrefixTuning(LanguageModel):
                 prefix = self.prefix = prefix.within(0, self.cut)
             theirs = None if prefix is None else prefix.within(self.cut, self.manifest.layers)
             theirs = theirs if theirs is not None and len(theirs.rows) else None
-            self._owners = OwnersLayers(self.owner, self.length, theirs, self.noise)
+            self._owners = OwnersLayers(self.owner, self.manifest.layers - self.cut, self.length, theirs, self.noise)
             split_model(model, self.cut, self._owners)
             if self.head == "owner":
                 self._owners.top = _SAMPLED_TOP if self.generation.temperature > 0 else 1

@@ -32,12 +32,18 @@ class HeadRequest:
     Args:
         positions: Row and position of the states whose logits are wanted [n, 2], int64; virtual positions are not counted.
         candidates: Ids whose logits are wanted [m], int64; None for the whole vocabulary.
-        labels: Right ids [n], int64. With them, the owner gives the cross-entropy in nats [n], no logits, and knows the labels.
+        labels: Right ids, or places among the candidates where there are some [n], int64. With them, the owner gives the
+            cross-entropy in nats [n] and no logits.
     """
 
     positions: Tensor
     candidates: Tensor | None = None
     labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> "HeadRequest":
+        """Return the same question with its tensors on a device."""
+        asked = (self.positions, self.candidates, self.labels)
+        return HeadRequest(*(None if one is None else one.to(device) for one in asked))  # type: ignore[arg-type]
 
     def equals(self, other: "HeadRequest | None") -> bool:
         """Return whether both ask the same."""
@@ -70,9 +76,19 @@ class _Session:
     touched: float = 0.0
 
 
-def brings_its_virtual_states(prefix: Prefix | None) -> bool:
-    """Return whether states come with their virtual positions: where the owner's first layer has no rows to stand there."""
-    return prefix is None or (prefix.settings.layers or (1,))[0] != 0
+def brings_its_virtual_states(prefix: Prefix | None, layers: int) -> bool:
+    """Return whether states come with their virtual positions: where one of the owner's layers reads them.
+
+    None does where prompts stand there from the first layer on, or where every layer has its own keys and values.
+
+    Args:
+        prefix: Rows of the owner's layers, counted from the cut on.
+        layers: How many layers the owner has.
+    """
+    if prefix is None:
+        return True
+    own = prefix.settings.layers or ()
+    return own[:1] != (0,) if prefix.settings.kind == "prompts" else len(own) < layers
 
 
 def in_place(part: ModelPart, prefix: Prefix | None) -> AbstractContextManager[None]:
@@ -90,6 +106,8 @@ class OwnerLayers:
             again.
         most_batches: Batches of an optimizer step whose states are kept, for each party.
         most_sessions: Parties at once; the one that was silent longest makes room.
+        most_batch_tokens: Positions of a batch, virtual ones too: what a graph is kept of.
+        most_step_tokens: Positions of all batches of an optimizer step, for each party.
         most_logits: Numbers in an answer of the head.
         clock: Tells the seconds.
 
@@ -105,20 +123,33 @@ class OwnerLayers:
         most_graphs: int = 2,
         most_batches: int = 64,
         most_sessions: int = 8,
+        most_batch_tokens: int = 1 << 14,
+        most_step_tokens: int = 1 << 17,
         most_logits: int = 1 << 24,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         bounds = {"lifetime": lifetime, "most_graphs": most_graphs, "most_batches": most_batches, "most_sessions": most_sessions}
-        for name, value in {**bounds, "most_logits": most_logits}.items():
+        bounds |= {"most_batch_tokens": most_batch_tokens, "most_step_tokens": most_step_tokens, "most_logits": most_logits}
+        for name, value in bounds.items():
             if value <= 0:
                 raise InputError(f"{name}={value} keeps nothing. Legal: above 0.")
         self.part = part.requires_grad_(False).eval()
         self.lifetime, self.most_graphs, self.most_logits, self.clock = lifetime, most_graphs, most_logits, clock
         self.most_batches, self.most_sessions = most_batches, most_sessions
+        self.most_batch_tokens, self.most_step_tokens = most_batch_tokens, most_step_tokens
         self._sessions: dict[str, _Session] = {}
         self._graphs: deque[_Batch] = deque()  # those that have one, the oldest first
         self.lock = threading.Lock()
         """Held by whoever computes: a prefix in place is seen by every call."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are computed."""
+        return next(self.part.parameters()).device
+
+    def brings_virtual_states(self, prefix: Prefix | None) -> bool:
+        """Return whether states behind a prefix come with their virtual positions."""
+        return brings_its_virtual_states(prefix, self.part.stop - self.part.start)
 
     def begin(self, party: str, step: int, length: int, prefix: Prefix | None) -> None:
         """Begin an optimizer step of a party; what was kept of its step before is dropped.
@@ -127,8 +158,7 @@ class OwnerLayers:
             party: Its name.
             step: Number of the optimizer step; the same number again begins it anew.
             length: Of the prefix: virtual positions before every text.
-            prefix: Rows of the owner's layers, counted from the cut on; None where all rows stay with the party. Unless the first
-                layer has rows, states have to come with their virtual positions.
+            prefix: Rows of the owner's layers, counted from the cut on; None where all rows stay with the party.
 
         Raises:
             InputError: If the prefix does not fit the layers.
@@ -142,6 +172,7 @@ class OwnerLayers:
             self._sessions.pop(party, None)
             while len(self._sessions) >= self.most_sessions:
                 self._sessions.pop(min(self._sessions, key=lambda name: self._sessions[name].touched))
+            prefix = None if prefix is None else prefix.to(self.device)
             self._sessions[party] = _Session(step, length, prefix, touched=self.clock())
 
     def forward(
@@ -154,7 +185,7 @@ class OwnerLayers:
             step: Of ``begin``.
             batch: Number of the batch within the step.
             states: Behind the party's layers [rows, tokens, hidden size], padded on the right, with virtual positions only where
-                ``begin`` says so; taken in the type of the owner's weights.
+                ``brings_virtual_states`` says so; taken in the type of the owner's weights.
             head: What is asked of the owner's head; None for states.
             train: Keep what ``backward`` needs; without it, the number of the batch is not used.
 
@@ -165,7 +196,7 @@ class OwnerLayers:
         with self.lock:
             session = self._session(party, step)
             states = self._checked(states, session)
-            self._check_head(head, states, session)
+            head = None if head is None else self._checked_head(head, states, session)
             if not train:
                 return self._through(states, session, head)
             known = session.batches.get(batch)
@@ -178,6 +209,12 @@ class OwnerLayers:
                 raise InputError(
                     f"batch={batch}: step {step} has {self.most_batches} batches already, which is the owner's limit. Accumulate "
                     "fewer."
+                )
+            tokens = sum(kept.given[..., 0].numel() for kept in session.batches.values()) + states[..., 0].numel()
+            if tokens > self.most_step_tokens:
+                raise InputError(
+                    f"batch={batch}: with it, step {step} has {tokens} tokens, above the owner's limit of "
+                    f"{self.most_step_tokens}. Accumulate fewer, or smaller batches."
                 )
             given = states.clone().requires_grad_()
             graph = self._through(given, session, head)
@@ -217,7 +254,7 @@ class OwnerLayers:
                 known.graph = self._through(known.given, session, known.head)
             else:
                 self._graphs.remove(known)
-            known.graph.backward(gradient.to(known.graph.dtype))
+            known.graph.backward(gradient.to(known.graph))
             known.gradient, known.graph = known.given.grad, None
             assert known.gradient is not None
             return known.gradient
@@ -241,45 +278,49 @@ class OwnerLayers:
 
     def _checked(self, states: Tensor, session: _Session) -> Tensor:
         width = int(self.part.body.config.hidden_size)
-        least = session.length + 1 if brings_its_virtual_states(session.prefix) else 1
+        least = session.length + 1 if self.brings_virtual_states(session.prefix) else 1
         if states.dim() != 3 or states.shape[-1] != width or not len(states) or states.shape[1] < least:
             room = f", {session.length} virtual positions first," if least > 1 else ""
             raise InputError(f"The states have the shape {list(states.shape)}. Legal: [rows, tokens{room}, {width}].")
+        tokens = len(states) * (states.shape[1] + (session.length if least == 1 else 0))
+        if tokens > self.most_batch_tokens:
+            raise InputError(
+                f"A batch of {len(states)} rows has {tokens} tokens, virtual ones too; the owner's limit is "
+                f"{self.most_batch_tokens}. Send smaller batches."
+            )
         return states.detach().to(next(self.part.parameters()))
 
-    def _check_head(self, head: HeadRequest | None, states: Tensor, session: _Session) -> None:
-        if head is None:
-            return
+    def _checked_head(self, head: HeadRequest, states: Tensor, session: _Session) -> HeadRequest:
         if self.part.head is None:
             raise InputError("The owner's part of the model has no head.")
-        tokens = states.shape[1] - (session.length if brings_its_virtual_states(session.prefix) else 0)
+        tokens = states.shape[1] - (session.length if self.brings_virtual_states(session.prefix) else 0)
         limits = torch.tensor([len(states), tokens])
         vocabulary = int(self.part.body.config.vocab_size)
-        wrong = bool(((head.positions < 0) | (head.positions >= limits)).any())
-        for ids in (head.candidates, head.labels):
-            wrong = wrong or (ids is not None and bool(((ids < 0) | (ids >= vocabulary)).any()))
+        columns = vocabulary if head.candidates is None else len(head.candidates)
+        wrong = bool(((head.positions < 0) | (head.positions >= limits)).any()) or len(head.positions) > len(states) * tokens
+        for ids, end in ((head.candidates, vocabulary), (head.labels, columns)):
+            wrong = wrong or (ids is not None and bool(((ids < 0) | (ids >= end)).any()))
         if wrong or (head.labels is not None and len(head.labels) != len(head.positions)):
             raise InputError(
-                f"head: positions have to be within {limits.tolist()}, ids below {vocabulary}, and labels as many as positions."
+                f"head: positions have to be within {limits.tolist()}, no more than there are; candidates below {vocabulary}; "
+                f"labels below {columns}, as many as positions."
             )
-        columns = vocabulary if head.candidates is None else len(head.candidates)
         if columns * len(head.positions) > self.most_logits:
             raise InputError(
                 f"head: {len(head.positions)} positions with {columns} logits each are more than the owner's limit of "
                 f"{self.most_logits}. Send smaller batches, or name candidates."
             )
+        return head.to(self.device)
 
     def _through(self, given: Tensor, session: _Session, head: HeadRequest | None) -> Tensor:
-        length, brought = session.length, brings_its_virtual_states(session.prefix)
+        length, brought = session.length, self.brings_virtual_states(session.prefix)
         with torch.set_grad_enabled(given.requires_grad), in_place(self.part, session.prefix):
             states = given if brought or not length else with_virtual(given, length)
             positions = torch.arange(states.shape[1], device=given.device).expand(len(given), -1)
             found = without_virtual(self.part(states, position_ids=positions), length)
             if head is None:
                 return found
-            logits = self.part.logits(found[head.positions[:, 0], head.positions[:, 1]]).float()
-            if head.candidates is not None:
-                logits = logits[:, head.candidates]
+            logits = self.part.logits(found[head.positions[:, 0], head.positions[:, 1]], head.candidates).float()
             if head.labels is None:
                 return logits
             return torch.nn.functional.cross_entropy(logits, head.labels, reduction="none")

@@ -373,7 +373,7 @@ def _begins(layer: int, kwargs: dict[str, Any]) -> bool:
 
 def _behind_rows(rows: Tensor, states: Tensor) -> Tensor:
     """Return states [batch, positions, ...] with rows at the first positions."""
-    return torch.cat([rows.to(states.dtype).expand(len(states), -1, -1), states[:, len(rows) :]], dim=1)
+    return torch.cat([rows.to(states).expand(len(states), -1, -1), states[:, len(rows) :]], dim=1)
 
 
 def _enter(layer: int, rows: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:

@@ -98,7 +98,8 @@ class _Sent:
 class RemoteSteps:
     """A party's calls in training, sent again to an owner that was restarted.
 
-    An optimizer step is begun with its first batch, and anew whenever the rows have changed.
+    An optimizer step is begun with its first batch, and anew whenever the rows have changed. Steps are counted from a random
+    number on: another process with the same party's token, whatever it is doing, has other ones.
 
     Args:
         owner: The owner.
@@ -109,8 +110,8 @@ class RemoteSteps:
 
     def __init__(self, owner: Owner, length: int, prefix: Prefix | None) -> None:
         self.owner, self.length, self.prefix = owner, length, prefix
-        self._step = -1
-        self._rows_were: list[int] | None = None
+        self._step = random.getrandbits(48)
+        self._rows_were: list[Tensor] | None = None
         self._sent: list[_Sent] = []
         self._over = True  # what was trained on has been collected
 
@@ -149,9 +150,11 @@ class RemoteSteps:
         return found
 
     def _enter(self, *, training: bool) -> None:
-        rows_are = [rows._version for rows in self.rows]
-        if self._rows_were != rows_are or (training and self._over):
-            self._step, self._rows_were, self._sent, self._over = self._step + 1, rows_are, [], True
+        # Compared by value: not everything that writes into parameters counts up their version.
+        same = self._rows_were is not None and all(map(torch.equal, self._rows_were, self.rows))
+        if not same or (training and self._over):
+            self._rows_were = [rows.detach().clone() for rows in self.rows]
+            self._step, self._sent, self._over = self._step + 1, [], True
             self.owner.begin(self._step, self.length, self.prefix)
         self._over = self._over and not training
 
@@ -215,14 +218,17 @@ class OwnersLayers(nn.Module):
 
     Args:
         owner: The owner.
+        layers: How many layers it has.
         length: Of the prefix; 0 without one.
         prefix: See ``RemoteSteps``.
         noise: Deviation of Gaussian noise on the states that are sent, as a share of each token's root mean square.
     """
 
-    def __init__(self, owner: Owner, length: int = 0, prefix: Prefix | None = None, noise: float = 0.0) -> None:
+    def __init__(self, owner: Owner, layers: int, length: int = 0, prefix: Prefix | None = None, noise: float = 0.0) -> None:
         super().__init__()
         self.owner, self.length, self.noise = owner, length, noise
+        self.sends_virtual_states = brings_its_virtual_states(prefix, layers)
+        """Whether states travel with their virtual positions."""
         self.steps = RemoteSteps(owner, length, prefix)
         self._prefix = (prefix,)  # in a tuple: its parameters are those of the module that trains it
         self.request: HeadRequest | None = None  # asks the owner's head in training, instead of states
@@ -231,11 +237,6 @@ class OwnersLayers(nn.Module):
         self.last: dict[str, Tensor] = {}  # the answer about the last token, in generation
         self._text = 0
         self._sent: list[Tensor] = []  # states of the text that is being written
-
-    @property
-    def sends_virtual_states(self) -> bool:
-        """Whether states travel with their virtual positions."""
-        return brings_its_virtual_states(self._prefix[0])
 
     def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **ignored: Any) -> Tensor:
         """Return the states behind the owner's layers [batch, positions, hidden size]; zeros at virtual positions.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hmac
 import logging
 import ssl
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import grpc
 
 log = logging.getLogger(__name__)
+_CALLS_OF_ONE = 3  # of a party at the same time: one at work, the same one asked again, and a download
 
 
 def shape_of(layers: OwnerLayers) -> SplitShape:
@@ -38,8 +40,9 @@ def shape_of(layers: OwnerLayers) -> SplitShape:
 class OwnerServer:
     """Serves the owner's layers, and its emulator for download, until it is stopped.
 
-    Every call needs the token of a party, and is answered in turn. A message that is none, or breaks a rule, is refused by name
-    with ``INVALID_ARGUMENT``; a step that is not known, with ``FAILED_PRECONDITION``, which tells the party to send it again.
+    Every call needs the token of a party, and is answered in turn; without one, its message is not even waited for. A message
+    that is none, or breaks a rule, is refused by name with ``INVALID_ARGUMENT``; a step that is not known, with
+    ``FAILED_PRECONDITION``, which tells the party to send it again.
 
     Args:
         layers: The owner's layers.
@@ -51,10 +54,12 @@ class OwnerServer:
         key: PEM file of its private key.
         address: To listen at; port 0 takes a free one.
         most_message_bytes: Of a message; longer ones are refused before they are read.
-        most_calls: Calls at the same time; more are refused with ``RESOURCE_EXHAUSTED``.
+        most_calls: Calls at the same time, three of each party; more are refused with ``RESOURCE_EXHAUSTED``, and asked again.
+        most_wait: Seconds for which a call's message is waited for.
 
     Raises:
-        InputError: If there is no party, a file is missing, or the address cannot be had.
+        InputError: If there is no party, two have the same token, there are more than the layers take at once, a file is
+            missing, or the address cannot be had.
     """
 
     def __init__(
@@ -70,11 +75,19 @@ class OwnerServer:
         address: str = "localhost:0",
         most_message_bytes: int = 1 << 26,
         most_calls: int = 32,
+        most_wait: float = 60.0,
     ) -> None:
-        if not tokens or any(len(token) < 16 for token in tokens.values()):
-            raise InputError("tokens: each party needs one of at least 16 characters, and there has to be a party.")
+        if not tokens or any(len(token) < 16 for token in tokens.values()) or len(set(tokens.values())) < len(tokens):
+            raise InputError("tokens: each party needs one of its own, of at least 16 characters, and there has to be a party.")
+        if len(tokens) > layers.most_sessions:
+            raise InputError(
+                f"tokens: there are {len(tokens)} parties, but the layers take most_sessions={layers.most_sessions} at once. "
+                "Raise it, or parties would push each other out."
+            )
         self.layers, self.texts, self.emulator, self._model = layers, texts or OwnerTexts(layers), emulator, model
         self._tokens = {name: token.encode() for name, token in tokens.items()}
+        self._most_wait = most_wait
+        self._at_work = {name: threading.BoundedSemaphore(_CALLS_OF_ONE) for name in tokens}
         self._seen: set[str] = set()
         self._grumbled = 0.0
         self._shape = shape_of(layers)
@@ -88,15 +101,17 @@ class OwnerServer:
             ) from error
         grpc = self._grpc = load_grpc()
         self._server = grpc.server(
-            ThreadPoolExecutor(max_workers=4, thread_name_prefix="owner"),
+            ThreadPoolExecutor(max_workers=most_calls, thread_name_prefix="owner"),
             options=[
                 ("grpc.max_receive_message_length", most_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # or two owners would share a port, and a party would find the one or the other
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # parties look whether the line still stands
             ],
             maximum_concurrent_rpcs=most_calls,
         )
-        handlers = {name: grpc.unary_unary_rpc_method_handler(partial(self._answer, name)) for name in self._rules}
+        # To the wire a unary call is a stream of one message; read as such, the token is looked at before the message is there.
+        handlers = {name: grpc.stream_unary_rpc_method_handler(partial(self._answer, name)) for name in self._rules}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         credentials = grpc.ssl_server_credentials([(Path(key).read_bytes(), Path(certificate).read_bytes())])
         try:
@@ -127,34 +142,50 @@ class OwnerServer:
         found = [name for name, token in self._tokens.items() if hmac.compare_digest(token, offered)]
         return found[0] if found else None
 
-    def _answer(self, name: str, data: bytes, context: grpc.ServicerContext) -> bytes:
+    def _answer(self, name: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         status = self._grpc.StatusCode
         party = self._party(context)
         if party is None:
             self._grumble(f"A caller from {context.peer()} has no token of any party")
             context.abort(status.UNAUTHENTICATED, "The token is of no party. Ask the owner for yours.")
-        if str(party) not in self._seen:
-            self._seen.add(str(party))
+        assert party is not None
+        if party not in self._seen:
+            self._seen.add(party)
             log.info("Party %s is here, from %s", party, context.peer())
+        if not self._at_work[party].acquire(blocking=False):
+            context.abort(status.RESOURCE_EXHAUSTED, f"{_CALLS_OF_ONE} calls of this party are at work. Ask again.")
+        try:
+            impatience = threading.Timer(self._most_wait, context.cancel)
+            impatience.start()
+            try:
+                data = next(messages, b"")
+            finally:
+                impatience.cancel()
+            return self._considered(name, party, data, context)
+        finally:
+            self._at_work[party].release()
+
+    def _considered(self, name: str, party: str, data: bytes, context: grpc.ServicerContext) -> bytes:
+        status = self._grpc.StatusCode
         try:
             frame = decode(data, {name: self._rules[name]})
-            return self._reply(name, str(party), frame).encode()
+            return self._reply(name, party, frame).encode()
         except UnknownStep as error:
             context.abort(status.FAILED_PRECONDITION, str(error))
         except InputError as error:
             self._grumble(f"A call {name} of party {party} is refused: {error}")
             context.abort(status.INVALID_ARGUMENT, str(error))
         except Exception:
-            log.exception("call %s of party %s", name, party)
+            self._grumble(f"Call {name} of party {party} failed", with_trace=True)
             context.abort(status.INTERNAL, "The owner failed on this call; its log says how.")
         raise AssertionError("abort does not return")
 
-    def _grumble(self, text: str) -> None:
-        """Log what was refused, a line a second at most: whoever calls cannot fill the owner's disk."""
+    def _grumble(self, text: str, *, with_trace: bool = False) -> None:
+        """Log what was refused, once a second at most: whoever calls cannot fill the owner's disk."""
         now = time.monotonic()
         if now - self._grumbled >= 1:
             self._grumbled = now
-            log.warning("%s", text)
+            log.warning("%s", text, exc_info=with_trace)
 
     def _reply(self, name: str, party: str, frame: Frame) -> Frame:
         told, tensors, layers = frame.fields, frame.tensors, self.layers

@@ -91,15 +91,20 @@ class ModelPart(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return the head's logits [..., vocabulary] of states [..., hidden size] behind the last layer.
+
+        Args:
+            states: Behind the last layer.
+            ids: Tokens whose logits are wanted [n], for [..., n]; None for the whole vocabulary.
 
         Raises:
             InputError: If this is not the last part.
         """
         if self.norm is None or self.head is None:
             raise InputError(f"Layers {self.start} to {self.stop - 1} of {self.layers} are not the last part: it has no head.")
-        return self.head(self.norm(states))
+        states = self.norm(states)
+        return self.head(states) if ids is None else states @ self.head.weight[ids].T  # type: ignore[index]
 
 
 def without_virtual(states: Tensor, length: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ...errors import InputError
-from .owner import OwnerLayers, UnknownStep, brings_its_virtual_states, in_place
+from .owner import OwnerLayers, UnknownStep, in_place
 from .prefix import Prefix
 from .split import with_virtual
 
@@ -28,7 +28,7 @@ class OwnerTexts:
     Args:
         layers: The owner's layers.
         most_texts: Texts at once, of each party; the one that was silent longest makes room.
-        most_tokens: Of a text.
+        most_tokens: Of a text, with its virtual positions.
 
     Raises:
         InputError: If a bound is below 1.
@@ -64,6 +64,7 @@ class OwnerTexts:
             own = [key for key in self._texts if key[0] == party]
             if len(own) >= self.most_texts:
                 del self._texts[min(own, key=lambda key: self._texts[key].touched)]
+            prefix = None if prefix is None else prefix.to(layers.device)
             self._texts[party, text] = _Text(length, prefix, layers.part.new_cache(), touched=layers.clock())
 
     def extend(self, party: str, text: int, place: int, states: Tensor, *, top: int = 0) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ class OwnerTexts:
             if known is None:
                 raise UnknownStep(f"text={text} was not begun, or is forgotten. Send it from its begin on.")
             known.touched = layers.clock()
-            virtual = known.length if place == 0 and brings_its_virtual_states(known.prefix) else 0
+            virtual = known.length if place == 0 and layers.brings_virtual_states(known.prefix) else 0
             tokens = states.shape[1] - virtual if states.dim() == 3 else 0
             if tokens < 1 or len(states) != 1 or states.shape[2] != width:
                 raise InputError(f"The states have the shape {list(states.shape)}. Legal: [1, tokens, {width}].")
@@ -102,7 +103,7 @@ class OwnerTexts:
                 return known.last[2]
             if place != known.tokens:
                 raise UnknownStep(f"text={text} has {known.tokens} tokens here, not {place}. Send it from its begin on.")
-            if place + tokens > self.most_tokens:
+            if known.length + place + tokens > self.most_tokens:
                 raise InputError(f"text={text} is longer than the owner's limit of {self.most_tokens} tokens.")
             del self._texts[party, text]  # if this fails, its cache is of no use
             answer = self._answer(known, states, place, top)
@@ -112,7 +113,7 @@ class OwnerTexts:
 
     def _answer(self, known: _Text, states: Tensor, place: int, top: int) -> dict[str, Tensor]:
         part, length = self.layers.part, known.length
-        if place == 0 and length and not brings_its_virtual_states(known.prefix):
+        if place == 0 and length and not self.layers.brings_virtual_states(known.prefix):
             states = with_virtual(states, length)
         begin = 0 if place == 0 else length + place
         positions = torch.arange(begin, begin + states.shape[1], device=states.device)[None]

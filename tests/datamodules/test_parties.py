@@ -57,11 +57,35 @@ def test_parties_train_on_their_shares_and_validate_on_the_same_rows(rows_file):
     assert parts[0].hashes()["val"] == parts[1].hashes()["val"]
 
 
+def test_rows_of_a_common_file_are_held_out_before_it_is_shared(rows_file):
+    def parts_of(parties):
+        parts = [
+            PartyDataModule(rows_file, party=party, parties=parties, train_rows=10, val_rows=4, tokenizer="random:tiny")
+            for party in range(parties)
+        ]
+        for part in parts:
+            part.setup("fit")
+        return parts
+
+    def texts(rows):
+        return {tuple(row["input_ids"].tolist()) for row in rows}
+
+    one, two, whole = *parts_of(2), *parts_of(1)
+    assert texts(one.val_set) == texts(two.val_set) == texts(whole.val_set)
+    assert len(whole.val_set) == 4
+    assert texts(one.train_set) | texts(two.train_set) == texts(whole.train_set)
+    assert len(whole.train_set) == 10
+    assert not texts(whole.train_set) & texts(whole.val_set)
+    with pytest.raises(InputError, match="val_rows=20: .* has 20 rows. Leave some to train on"):
+        PartyDataModule(rows_file, val_rows=20, tokenizer="random:tiny").setup("fit")
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
         ({"party": 2, "parties": 2}, "party=2, parties=2: legal are parties from 0 to 1"),
         ({"alpha": 0.0}, "alpha=0.0 is no parameter of a Dirichlet"),
+        ({"alpha": 1.0}, "alpha=1.0 splits rows among parties, but parties=1"),
         ({"train_rows": 0}, "train_rows=0 leaves no row"),
     ],
 )
@@ -71,7 +95,7 @@ def test_settings_that_cannot_be_are_refused(rows_file, settings, match):
 
 
 def test_a_share_without_rows_is_refused(rows_file):
-    data = PartyDataModule(rows_file, party=5, parties=6, alpha=0.01, tokenizer="random:tiny", train_rows=2)
+    data = PartyDataModule(rows_file, party=5, parties=6, alpha=0.01, tokenizer="random:tiny", train_rows=2, val=rows_file)
     with pytest.raises(InputError, match="party=5 of 6 gets no row with alpha=0.01"):
         data.setup("fit")
 

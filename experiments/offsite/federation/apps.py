@@ -50,11 +50,13 @@ class PrefixAveraging(FedAvg):
         model: Fingerprint of the model that it is for.
         folder: Where ``round-<number>`` is written.
         parties: Fewest parties that a round needs.
+        most_examples: Of a party in a round; it would otherwise be the mean by saying a large number.
     """
 
-    def __init__(self, start: Prefix, model: str, folder: Path, parties: int) -> None:
+    def __init__(self, start: Prefix, model: str, folder: Path, parties: int, most_examples: int) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=parties, min_available_nodes=parties)
         self.settings, self.model, self.folder, self.parties = start.settings, model, folder, parties
+        self.most_examples = most_examples
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the mean of a round, and how many examples it is of.
@@ -63,6 +65,7 @@ class PrefixAveraging(FedAvg):
             InputError: If too few parties have answered in time with a prefix of this kind.
         """
         found: dict[str, tuple[Prefix, int]] = {}
+        nodes: dict[str, int] = {}  # a name is what a party says of itself; its node is what Flower has authenticated
         for reply in replies:
             if reply.has_error():
                 log.warning("A party failed in round %d: %s", server_round, reply.error.reason)
@@ -74,6 +77,10 @@ class PrefixAveraging(FedAvg):
                 prefix = prefix_of(reply.content["arrays"], self.settings)
                 if told["model"] != self.model:
                     raise InputError(f"It is for model {told['model']}, not {self.model}.")
+                if examples > self.most_examples:
+                    raise InputError(f"It says {examples} examples, above most_examples={self.most_examples}.")
+                if nodes.setdefault(party, reply.metadata.src_node_id) != reply.metadata.src_node_id:
+                    raise InputError("Another node has this name.")
                 average_prefixes([prefix], [examples])  # refuses numbers that are not finite, and no examples
             except (InputError, KeyError, TypeError, ValueError) as error:
                 log.warning("The prefix of party %s is left out of round %d: %s", party, server_round, error)
@@ -103,7 +110,7 @@ def serve(grid: Grid, context: Context) -> None:
     config = ConfigRecord(
         {"kind": settings.kind, "length": settings.length, "layers": list(settings.layers or ()), "model": model}
     )
-    strategy = PrefixAveraging(start, model, folder, int(told["parties"]))
+    strategy = PrefixAveraging(start, model, folder, int(told["parties"]), int(told["most_examples"]))
     result = strategy.start(
         grid,
         records_of(start),

@@ -90,6 +90,20 @@ def test_three_parties_and_every_process_killed_in_turn(folder, owner, rows_file
         assert all(torch.equal(one, other) for one, other in zip(found.rows, wanted.rows, strict=True)), run
 
 
+def test_an_owner_that_was_away_for_long_is_found_when_it_is_back(owner):
+    client = owner.client(patience=300)
+    client.health()
+    owner.kill()
+    answered = []
+    asking = threading.Thread(target=lambda: (client.health(), answered.append(time.monotonic())))
+    asking.start()
+    time.sleep(30)
+    owner.start()
+    back = time.monotonic()
+    asking.join()
+    assert answered[0] - back < 10
+
+
 def test_a_party_that_vanishes_holds_up_nobody(owner):
     gone, here = owner.client("p1"), owner.client("p2")
     rows = rows_for()

@@ -178,6 +178,14 @@ def test_what_is_kept_is_bounded(prefix):
     with pytest.raises(UnknownStep):
         owner.collect("b", 0)
     assert all(not rows.any() for rows in owner.collect("b", 1))
-    for name in ("lifetime", "most_graphs", "most_batches", "most_sessions"):
+    narrow = layers(most_batch_tokens=20, most_step_tokens=30)
+    narrow.begin("a", 0, LENGTH, rows_for(prefix))
+    with pytest.raises(InputError, match="A batch of 3 rows has 30 tokens, virtual ones too; the owner's limit is 20"):
+        narrow.forward("a", 0, 0, states_of(0, rows=3))
+    for number in range(2):
+        narrow.forward("a", 0, number, states_of(number))
+    with pytest.raises(InputError, match="batch=2: with it, step 0 has 42 tokens, above the owner's limit of 30"):
+        narrow.forward("a", 0, 2, states_of(2))
+    for name in ("lifetime", "most_graphs", "most_batches", "most_sessions", "most_batch_tokens", "most_step_tokens"):
         with pytest.raises(InputError, match=f"{name}=0 keeps nothing"):
             layers(**{name: 0})

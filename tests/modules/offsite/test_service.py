@@ -1,6 +1,8 @@
 """The owner's service over TLS: the numbers of the layers at hand, and what is refused."""
 
 import json
+import threading
+import time
 
 import grpc
 import pytest
@@ -96,6 +98,37 @@ def test_who_is_not_known_is_refused(papers, server, tmp_path):
     assert client(papers, server).health()["layers"] == len(model_of("llama").model.layers)
 
 
+def silent_calls(papers, server, number, token):
+    """Calls whose message never comes."""
+    credentials = grpc.ssl_channel_credentials((papers / "owner.crt").read_bytes())
+    channel = grpc.secure_channel(f"localhost:{server.port}", credentials)
+    never = threading.Event()
+
+    def messages():
+        never.wait()
+        yield b""
+
+    call = channel.stream_unary(f"/{SERVICE}/health")
+    return [call.future(messages(), metadata=(("authorization", f"Bearer {token}"),)) for _ in range(number)], never
+
+
+def test_calls_that_never_send_hold_up_nobody(papers):
+    found = serving(papers, most_calls=6, most_wait=1.5)
+    strangers, stop_strangers = silent_calls(papers, found, 5, "x" * 43)
+    assert all(call.exception(timeout=10).code() == grpc.StatusCode.UNAUTHENTICATED for call in strangers)
+    hung, stop_hung = silent_calls(papers, found, 3, (papers / "two.token").read_text().strip())
+    while found._at_work["two"]._value:
+        time.sleep(0.01)
+    assert client(papers, found).health()["cut"] == CUT
+    with pytest.raises(OwnerLost, match="3 calls of this party are at work"):
+        client(papers, found, "two").health()
+    assert client(papers, found, "two", patience=20).health()["cut"] == CUT  # once the silent ones are given up
+    assert all(call.exception(timeout=10) is not None for call in hung)
+    for stop in (stop_strangers, stop_hung):
+        stop.set()
+    found.stop(0)
+
+
 def test_an_expired_certificate_is_refused(tmp_path):
     make_certificates(tmp_path, hosts=["localhost"], parties=["one", "two"], days=-1)
     expired = serving(tmp_path)
@@ -162,7 +195,12 @@ def test_parties_are_added_to_those_that_are_there(tmp_path):
 
 
 def test_settings_that_cannot_be_are_refused(papers, server, tmp_path):
-    with pytest.raises(InputError, match="each party needs one of at least 16 characters"):
+    given = {"model": "whole", "certificate": papers / "owner.crt", "key": papers / "owner.key"}
+    with pytest.raises(InputError, match="each party needs one of its own"):
+        OwnerServer(layers(), tokens={"one": "x" * 16, "two": "x" * 16}, **given)
+    with pytest.raises(InputError, match="there are 9 parties, but the layers take most_sessions=8 at once"):
+        OwnerServer(layers(), tokens={str(number): f"{number}" * 16 for number in range(9)}, **given)
+    with pytest.raises(InputError, match="each party needs one of its own, of at least 16 characters"):
         OwnerServer(layers(), model="whole", tokens={"one": "short"}, certificate=papers / "owner.crt", key=papers / "owner.key")
     with pytest.raises(InputError, match="No such file"):
         OwnerServer(
