@@ -1,7 +1,10 @@
 """Texts with answers, and what is measured on them: once each, kept in the cache, shared out among processes."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -19,7 +22,14 @@ from ..pretrained import model_identity
 Loss = Literal["margin", "cross_entropy"]
 
 Made = TypeVar("Made")
-_VERSION = 1  # of the measurements: with another, what is in the cache is measured again
+
+
+@cache
+def _code() -> str:
+    """Return a hash of what measures: with other code, what is in the cache is measured again."""
+    own = Path(__file__).parent
+    sources = [file.read_bytes() for folder in (own, own.parent / "span_attention") for file in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def measure(
     Raises:
         InputError: If a file of the cache is damaged.
     """
-    folder = cache_folder("spans", f"{what}-{digest([_VERSION, model_identity(model), settings])}")
+    folder = cache_folder("spans", f"{what}-{digest([_code(), model_identity(model), settings])}")
     files = [folder / f"{digest([text.ids.tolist(), text.answer_start])}.safetensors" for text in texts]
     mine = list(zip(texts, files))[processes.rank :: processes.size]
     missing = [(text, file) for text, file in mine if not file.is_file()]
