@@ -7,6 +7,7 @@ import os
 import pickle
 import warnings
 from contextlib import redirect_stderr
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ _RUN_VARIABLE = "FULGURITE_RUN"  # processes that the launcher starts take the f
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes the resolved config and ``environment.json`` into the run's folder; a continued run gets numbered ones."""
+    """Writes the resolved config and ``environment.json`` into the run's folder; a continued run gets numbered ones.
+
+    Those of other commands than ``fit`` have the command's name (``config-validate.yaml``), since a training may lie there.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, *, command: list[str]) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
@@ -47,8 +51,10 @@ class RunRecord(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write both files."""
         folder = Path(trainer.default_root_dir)
-        number = len(list(folder.glob("config*.yaml"))) if self.config.get("ckpt_path") else 0
-        suffix = f"-{number}" if number else ""
+        kind = "" if self.command[0] == "fit" else f"-{self.command[0]}"
+        anew = not kind and not self.config.get("ckpt_path")  # what a start that came to nothing has left is overwritten
+        suffixes = chain([kind], (f"{kind}-{number}" for number in count(1)))
+        suffix = next(each for each in suffixes if anew or not (folder / f"config{each}.yaml").exists())
         write_atomic(folder / f"config{suffix}.yaml", self.parser.dump(self.config, skip_unset=False))
         record = environment(seed=self.config.get("seed_everything"), data=data_hashes(trainer), command=self.command)
         write_json(folder / f"environment{suffix}.json", record)
@@ -140,7 +146,7 @@ class FulguriteCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer", default={})
         if settings.get("logger") in (None, True) and not settings.get("fast_dev_run"):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
-        if self.subcommand == "fit" and not config.get("ckpt_path") and "LOCAL_RANK" not in os.environ and holds_run(folder):
+        if self.subcommand == "fit" and not config.get("ckpt_path") and _begins_run() and holds_run(folder):
             further = "Go on with it by --ckpt_path last, or give" if list(folder.glob("checkpoints/*.ckpt")) else "Give"
             raise InputError(f"--run {name!r}: {folder} holds a run already and is left as it is. {further} another name.")
         try:
@@ -211,6 +217,15 @@ def _shared_run_name(folder: Path) -> str:
             raise InputError("--run is missing: processes started from outside need one name for their common folder.")
         return str(job)
     return os.environ.setdefault(_RUN_VARIABLE, new_run_name(folder))
+
+
+def _begins_run() -> bool:
+    """Return whether this process is the first of a run that begins; the others may find what that one has written since."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return False
+    # torchrun orders the machines in its own way, whatever the cluster says that started it.
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return not any(int(os.environ.get(name, "0")) for name in names)
 
 
 def _resolved(words: list[str]) -> list[str]:

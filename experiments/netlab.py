@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 from ..errors import InputError
 
 _PREFIX = "fg"  # of all namespaces; the process that made one stands behind it
 _RATE = re.compile(r"^\d+(\.\d+)?(k|m|g)bit$")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def what_is_missing() -> str | None:
@@ -35,6 +37,23 @@ def what_is_missing() -> str | None:
     done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", probe], capture_output=True)
     return f"ip netns add: {done.stderr.strip()}" if done.returncode else None
+
+
+def needs_links(argument: str | None = None) -> Callable[[Function], Function]:
+    """Mark a function that makes a network: a benchmark that calls it is refused at its start where none can be made.
+
+    Args:
+        argument: Argument without which the function makes none; None: it always makes one.
+    """
+
+    def mark(function: Function) -> Function:
+        def missing(arguments: dict[str, Any]) -> str | None:
+            return what_is_missing() if argument is None or arguments.get(argument) is not None else None
+
+        function.what_is_missing = missing  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 class NetLab:

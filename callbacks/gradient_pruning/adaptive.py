@@ -77,7 +77,7 @@ class Adaptive(PruningPolicy):
             return self.warm_up(measurement, bytes_at)
         self.learn(measurement)
         if not self.byte_seconds:
-            return measurement.rate
+            return self.ladder[self.rung]
         self.delay += 0.02 * (bytes_at.delay(measurement.rate) - self.delay)
         self.rung = self.guarded(self.choose(bytes_at, list(range(len(self.ladder)))), self.losses.performance())
         return self.ladder[self.rung]

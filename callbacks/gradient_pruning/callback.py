@@ -1,6 +1,7 @@
 """The callback that prunes gradients in a Lightning Trainer."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,7 @@ class GradientPruning(Callback):
 
     Args:
         policy: Who decides the rate: ``Adaptive`` (default), ``PublishedRule``, ``FixedRate``, or your ``PruningPolicy``.
-        warmup: Steps without pruning at the start; below 1, a share of the run's steps.
+        warmup: Steps without pruning at the start; below 1, a share of the run's steps, whose number then has to be known.
         dense_format: Type of the values where everything is sent: ``float16``, or ``float32``, which is bitwise plain DDP.
         value_bits: Bits of a value where some entries are sent: 4 (a sign and three bits, a scale for each 256), or 16
             (bfloat16). What rounding takes off is kept for the next step, like what is not sent.
@@ -59,7 +60,8 @@ class GradientPruning(Callback):
 
     Raises:
         InputError: If a value is out of range; at the start of training, if the strategy, the precision or manual
-            optimisation does not allow it; after the first step, if the module exchanges its gradients by itself.
+            optimisation does not allow it, or if ``warmup`` is a share of a run of unknown length; after the first step, if the
+            module exchanges its gradients by itself.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -112,7 +114,8 @@ class GradientPruning(Callback):
         self._losses: list[Tensor] = []
         self._numbers: Tensor | None = None
         self._gathered: tuple[Any, list[Tensor]] | None = None
-        self._step_begin = 0.0
+        self._batch_begin = 0.0
+        self._seconds = 0.0  # of the step's batches that are over
         self._hooked: DistributedDataParallel | None = None
 
     # Before training
@@ -160,22 +163,32 @@ class GradientPruning(Callback):
             leave_group_at_exit()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out how long the run is, and start the clock."""
+        """Find out how long the run is, and prepare its first step."""
         total = trainer.estimated_stepping_batches  # in on_fit_start it would lose a checkpoint's place in the data
-        self.total_steps = 0 if total == float("inf") else int(total)
+        self.total_steps = max(0, int(total)) if math.isfinite(total) else 0  # -1: epochs of unknown length
+        if 0 < self.warmup < 1 and not self.total_steps:
+            raise InputError(
+                f"warmup={self.warmup} is a share of the run's steps, but nothing says how many there will be. Legal here: a "
+                "number of steps, as in GradientPruning(warmup=100), or 0 for no warm-up. Or set the Trainer's max_steps."
+            )
         self.warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * self.total_steps)
-        self._begin_step(trainer)
+        self._prepare_step(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin anew where the module trains other weights than before, as a next stage of fusion does."""
+        """Start the clock; begin anew where the module trains other weights than before, as a next stage of fusion does."""
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         if len(trained) != len(self.parameters) or any(one is not other for one, other in zip(trained, self.parameters)):
             self._attach(trainer, pl_module)
-            self._begin_step(trainer)
+            self._prepare_step(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            assert self.exchange is not None
+            self.exchange.clock.restart()
+            self._seconds = 0.0
+        self._batch_begin = time.perf_counter()
 
     # One step
 
-    def _begin_step(self, trainer: Trainer) -> None:
+    def _prepare_step(self, trainer: Trainer) -> None:
         assert self.exchange is not None
         step = trainer.global_step
         if self.rate is None and step >= self.warmup_steps:
@@ -187,8 +200,6 @@ class GradientPruning(Callback):
         # only an exchange of everything gives the same numbers in any buckets.
         near = self._saves_after(trainer, step) or self._saves_after(trainer, step - 1)
         exchange.flush = self.at_checkpoint == "flush" and near
-        exchange.clock.restart()
-        self._step_begin = time.perf_counter()
 
     def _saves_after(self, trainer: Trainer, step: int) -> bool:
         """Whether the step of this number, counted from 0, ends in a checkpoint, or ends the run."""
@@ -197,7 +208,6 @@ class GradientPruning(Callback):
         done = step + 1
         if trainer.max_steps == done or done == trainer.estimated_stepping_batches:
             return True
-        per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, NewestCheckpoint) and done % callback.every_n_train_steps == 0:
                 return True
@@ -206,7 +216,8 @@ class GradientPruning(Callback):
             every = callback._every_n_train_steps
             if every and done % every == 0:
                 return True
-            if callback._every_n_epochs and done % (per_epoch * callback._every_n_epochs) == 0:
+            epochs, batches = callback._every_n_epochs, trainer.num_training_batches
+            if epochs and math.isfinite(batches) and done % (epochs * math.ceil(batches / trainer.accumulate_grad_batches)) == 0:
                 return True
         return False
 
@@ -248,6 +259,7 @@ class GradientPruning(Callback):
         if loss is not None:
             self._losses.append(loss.detach().float() * trainer.accumulate_grad_batches)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            self._seconds += time.perf_counter() - self._batch_begin
             return
         if exchange.ranks > 1 and not exchange.clock.bytes:
             raise InputError(
@@ -260,7 +272,7 @@ class GradientPruning(Callback):
         device = pl_module.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - self._step_begin
+        seconds = self._seconds + time.perf_counter() - self._batch_begin
         busy, exposed = exchange.clock.times()
         packing = exchange.clock.packing if device.type == "cpu" else 0.0
         numbers = [mean, seconds, exposed, busy, exchange.clock.bytes, exchange.rate, packing]
@@ -283,7 +295,7 @@ class GradientPruning(Callback):
             self._log(pl_module, measurement)
         if self.check_every and trainer.global_step % self.check_every == 0:
             self._check_replicas(trainer)
-        self._begin_step(trainer)
+        self._prepare_step(trainer)
 
     def _log(self, pl_module: LightningModule, measurement: Measurement) -> None:
         pl_module.log("prune_rate", measurement.rate)

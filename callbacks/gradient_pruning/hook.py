@@ -109,7 +109,7 @@ class GradientExchange:
         self.clock = Clock()
         self.residuals: dict[str, Tensor] = {}
         self.velocities: dict[str, Tensor] = {}
-        self._workspaces: dict[tuple[str, str, int], Tensor] = {}
+        self._workspaces: dict[tuple[str, ...], Tensor] = {}
 
     def is_small(self, parameter: Tensor) -> bool:
         """Whether a parameter [any] is always sent whole."""
@@ -238,16 +238,16 @@ class GradientExchange:
 
     def _workspace(self, use: str, size: int, parts: list[tuple[str, Tensor]]) -> Tensor:
         """Return memory that a bucket uses at every step; fresh memory of this size costs more than all that is done in it."""
-        key = (use, parts[0][0], size)
+        key = (use, *(name for name, _ in parts))  # residuals are parts of it: other parameters, other memory
         if key not in self._workspaces:
             self._workspaces[key] = torch.empty(size, device=parts[0][1].device)
         return self._workspaces[key]
 
     def _keep_back(self, parts: list[tuple[str, Tensor]], rest: Tensor, sent: Places | None) -> None:
-        """Store what was not sent of each parameter; momentum of what was sent is forgotten (factor masking)."""
+        """Store what was not sent of each parameter; momentum of entries that were selected is forgotten (factor masking)."""
         begin = 0
         mask = None
-        if self.momentum and sent is not None:
+        if self.momentum and isinstance(sent, Tensor):  # where all is sent, momentum goes on as in the dense exchange
             mask = torch.zeros_like(rest, dtype=torch.bool)
             mask[sent] = True
         for name, part in parts:

@@ -3,6 +3,7 @@
 A *rate* is the share of a gradient's entries that is not sent: 0 sends everything, 0.99 one entry in a hundred.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,12 +16,13 @@ LADDER = (0.0, 0.2, 0.5, 0.75, 0.9, 0.96, 0.99, 0.996)
 
 @dataclass(frozen=True)
 class Measurement:
-    """What all ranks know of the step before.
+    """What all ranks know of the step before; with several ranks, which tell each other a step later, of the one before that.
 
     Args:
         step: Optimizer steps so far.
         loss: Mean loss over ranks and accumulated batches.
-        step_seconds: Time of the step on the slowest rank.
+        step_seconds: Time of the step on the slowest rank, the sum over its accumulated batches; without what lies between
+            batches: loading of data, validation, writing of checkpoints.
         exposed_seconds: Of it, the time that the slowest rank only waited for the network.
         busy_seconds: Time in which any message was under way, the mean over ranks; it overlaps with the backward pass.
         bytes: Bytes that a rank sent.
@@ -55,17 +57,18 @@ class Measurement:
 class PruningPolicy:
     """Base of all policies: one pure method on reduced numbers.
 
-    A sub-class overrides ``decide``. Its attributes that are numbers or lists of numbers are part of checkpoints.
+    A sub-class overrides ``decide``; where it remembers something, such as the rate that it keeps, ``state_dict`` and
+    ``load_state_dict`` too.
     """
 
     def decide(self, measurement: Measurement, bytes_at: "BytesAt") -> float:
-        """Return the rate of the next step.
+        """Return the rate of the next step; here always that of ``start``.
 
         Args:
-            measurement: The step before; the same on all ranks.
+            measurement: A step that is over; the same on all ranks. With several, its rate may be older than the last decision.
             bytes_at: Bytes that a rank sends in a step at a given rate.
         """
-        return measurement.rate
+        return self.start()
 
     def warm_up(self, measurement: Measurement, bytes_at: "BytesAt") -> float:
         """Return the rate of the next step of the warm-up, at which every entry is sent; arguments as of ``decide``."""
@@ -251,27 +254,38 @@ class PublishedRule(PruningPolicy):
         self.decide_every, self.when, self.ladder = decide_every, when, list(ladder)
         self.detectors = [ChangeDetector(change_share, change_hold) for _ in range(2)]
         self.adjusting, self.waited = True, 0
+        self.rate: float | None = None
+
+    def start(self) -> float:
+        """Return the rate of the first step behind the warm-up: everything is sent."""
+        self.rate = 0.0
+        return self.rate
 
     def decide(self, measurement: Measurement, bytes_at: BytesAt) -> float:
         """Return the next rate; see the class."""
+        if self.rate is None:  # of a checkpoint that did not have it
+            self.rate = measurement.rate
         self.losses.push(measurement.loss)
+        self.waited += 1
+        if not math.isclose(measurement.rate, self.rate, abs_tol=1e-9):
+            return self.rate  # a step of before the last change says nothing of what that brought
         changed = [
             detector.push(value)
             for detector, value in zip(self.detectors, (measurement.step_seconds, measurement.bandwidth))
             if value is not None
         ]
         self.adjusting |= any(changed) or self.when == "always"
-        self.waited += 1
         if not self.adjusting or self.waited < self.decide_every:
-            return measurement.rate
+            return self.rate
         self.waited = 0
         step = self.direction(self.losses.performance(), measurement)
-        place = nearest_rung(self.ladder, measurement.rate) + step
+        place = nearest_rung(self.ladder, self.rate) + step
         if step == 0 or not 0 <= place < len(self.ladder):
             self.adjusting = False
-            return measurement.rate
+            return self.rate
         self.detectors[0].average = None  # another rate has another step time
-        return self.ladder[place]
+        self.rate = self.ladder[place]
+        return self.rate
 
     def direction(self, performance: float | None, measurement: Measurement) -> int:
         """Return -1 to prune less, 1 to prune more, 0 to keep."""
@@ -281,13 +295,22 @@ class PublishedRule(PruningPolicy):
         return 1 if measurement.step_seconds > target else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the window of losses."""
-        return {"losses": list(self.losses.losses), "adjusting": self.adjusting}
+        """Return the rate, the window of losses, and what tells a change of the network."""
+        return {
+            "losses": list(self.losses.losses),
+            "adjusting": self.adjusting,
+            "waited": self.waited,
+            "rate": self.rate,
+            "detectors": [(detector.average, detector.off) for detector in self.detectors],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the window of losses."""
+        """Go on with them; a checkpoint of an earlier version has the losses alone."""
         self.losses.losses.extend(state["losses"])
         self.adjusting = state["adjusting"]
+        self.waited, self.rate = state.get("waited", 0), state.get("rate")
+        for detector, (average, off) in zip(self.detectors, state.get("detectors", [])):
+            detector.average, detector.off = average, off
 
 
 def nearest_rung(ladder: list[float], rate: float) -> int:

@@ -84,7 +84,7 @@ def entry_bytes(keep: float, value_bits: ValueBits = 16) -> float:
 
 def sends_all(keep: float, value_bits: ValueBits = 16) -> bool:
     """Whether a message of a kept share carries all entries, since it would be no shorter if it left some out."""
-    return keep * entry_bytes(keep, value_bits) >= entry_bytes(1.0, value_bits)
+    return keep * entry_bytes(keep, value_bits) >= entry_bytes(1.0, value_bits) - 1e-9
 
 
 def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2, value_bits: ValueBits = 16) -> bool:

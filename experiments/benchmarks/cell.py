@@ -36,7 +36,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job's steps and return its record: the result of a cell, or what a product cost.
 
     Args:
-        job: The content of the job's file: its ``folder``, ``steps``, ``places`` (what names in braces stand for) and ``run``.
+        job: The content of the job's file: its ``folder``, ``steps``, ``places`` (what names in braces stand for), ``data``
+            (hashes) and ``run``.
 
     Raises:
         InputError: If a step does not give a metric that the benchmark keeps.
@@ -66,7 +67,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         if cost.get("tokens"):
             cost["disk_bytes_per_token"] = cost["disk_bytes"] / cost["tokens"]
     final = {name: value for record in records for name, value in record["metrics"].items()}
-    record = environment(seed=job["run"]["seed"], data={name: value for r in records for name, value in r["data"].items()})
+    data = job["data"] | {name: value for r in records for name, value in r["data"].items()}
+    record = environment(seed=job["run"]["seed"], data=data)
     record |= {"code": job["code"], "models": {name: value for r in records for name, value in r["models"].items()}}
     del record["command"], record["seed"]  # they are in ``run``
     return _without_places(
@@ -84,8 +86,7 @@ def _run_step(step: dict[str, Any], words: list[str], folder: Path) -> dict[str,
     begin = time.perf_counter()
     record: dict[str, Any] = {"metrics": {}, "curves": {}, "cost": {}, "config": None, "data": {}, "models": {}}
     if step["command"] == "measure":
-        given, record["curves"] = _measure(words)
-        record["cost"] = _memory()
+        given = _measure(words, step["name"], record)
     elif step["command"] == "evaluate":
         from ..evaluation.evaluate import evaluate_words  # needs an extra
 
@@ -106,12 +107,18 @@ def _run_step(step: dict[str, Any], words: list[str], folder: Path) -> dict[str,
     return record
 
 
-def _measure(words: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Call ``module:function`` of this package with the options as arguments; return its figures, and curves if it has some."""
+def _measure(words: list[str], name: str, record: dict[str, Any]) -> dict[str, float]:
+    """Call ``module:function`` of this package with the options as arguments; return its figures.
+
+    A function that gives ``metrics`` may give ``curves``, ``cost`` and hashes of ``models`` beside them.
+    """
     function, arguments = measuring(words)
     given = function(**arguments)
-    figures = given.get("metrics", given)
-    return {key: float(value) for key, value in figures.items()}, given.get("curves", {})
+    blocks = given if "metrics" in given else {"metrics": given}
+    record["curves"] = blocks.get("curves", {})
+    record["models"] = {f"{name}/{key}": value for key, value in blocks.get("models", {}).items()}
+    record["cost"] = _memory() | {key: float(value) for key, value in blocks.get("cost", {}).items()}
+    return {key: float(value) for key, value in blocks["metrics"].items()}
 
 
 def _command(step: dict[str, Any], words: list[str], folder: Path, record: dict[str, Any]) -> dict[str, float]:

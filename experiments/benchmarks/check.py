@@ -1,18 +1,22 @@
 """The process that looks at all command lines of a benchmark before the first job runs.
 
-Reads ``{job: [words of a command, ...]}`` from the standard input and prints ``{job: error}`` of those that are wrong.
+Reads ``{job: [words of a command, ...]}`` from the standard input and prints ``{job: error}`` of those that are wrong, or that
+need what this machine lacks.
 """
 
 import importlib
-import inspect
 import json
 import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from jsonargparse import ArgumentError, ArgumentParser
+
 from ...errors import InputError
 from ..cli import parse, quiet
+from ..evaluation.evaluate import check_harness, evaluate
+from ..parsing import brief
 
 
 def measuring(words: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -25,14 +29,25 @@ def measuring(words: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
         InputError: If there is no such function, or it takes other arguments.
     """
     module, _, name = words[1].partition(":")
-    options = dict(word.removeprefix("--").split("=", 1) for word in words[2:])
-    arguments = {key: _value(text) for key, text in options.items()}
     try:
         function = getattr(importlib.import_module(f"fulgurite.experiments.{module}"), name)
-        inspect.signature(function).bind(**arguments)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError) as error:
         raise InputError(f"function {words[1]!r}: {error}.") from error
-    return function, arguments
+    _check_options(function, words[2:], f"function {words[1]!r}")
+    return function, {key: _value(text) for key, text in _options(words[2:]).items()}
+
+
+def _check_options(function: Callable[..., Any], words: list[str], where: str) -> None:
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    names = parser.add_function_arguments(function, fail_untyped=False)  # with those that it hands on by **
+    try:
+        parser.parse_args(words)
+    except ArgumentError as error:
+        raise InputError(f"{where}: {brief(str(error), [f'--{name}' for name in names])}") from error
+
+
+def _options(words: list[str]) -> dict[str, str]:
+    return dict(word.removeprefix("--").split("=", 1) for word in words)
 
 
 def _value(text: str) -> Any:
@@ -44,14 +59,31 @@ def _value(text: str) -> Any:
 
 
 def wrong(words: list[str]) -> str | None:
-    """Return what is wrong with a command line, or None; ``evaluate`` is not looked at, as it needs an extra."""
+    """Return what is wrong with a command line, or None."""
     try:
         if words[0] == "measure":
             measuring(words)
-        elif words[0] != "evaluate":
+        elif words[0] == "evaluate":
+            _check_options(evaluate, words[1:], "evaluate")
+        else:
             parse(words)
     except InputError as error:
         return str(error)
+    return None
+
+
+def missing(words: list[str]) -> str | None:
+    """Return what a right command line needs that this machine lacks, or None."""
+    if words[0] == "evaluate":
+        try:
+            check_harness(_options(words[1:])["tasks"])
+        except InputError as error:
+            return str(error)
+    elif words[0] == "measure":
+        function, arguments = measuring(words)
+        lacking = getattr(function, "what_is_missing", lambda arguments: None)(arguments)
+        if lacking:
+            return f"function {words[1]!r} makes a network, and here {lacking}. Name other cells with --only."
     return None
 
 
@@ -65,7 +97,7 @@ def main() -> None:
         for words in commands:
             key = json.dumps([word for word in words if not word.startswith(("--seed=", "--seed_everything="))])
             if key not in known:
-                known[key] = wrong(words)
+                known[key] = wrong(words) or missing(words)
             if known[key]:
                 found[job] = known[key]
     print(json.dumps(found))

@@ -12,6 +12,7 @@ from jsonargparse import auto_cli
 
 from ...errors import InputError
 from ..parsing import Parser
+from .fingerprints import PACKAGE
 from .grid import Grid, console
 from .plan import SMOKE, load_benchmark
 
@@ -36,7 +37,7 @@ def benchmark(
     Args:
         name: Name of the benchmark (``distillation``, ``distillation/speed``), or a YAML file of your own.
         scale: ``cpu``, ``gpu``, or ``smoke`` to try everything on a tiny model in a minute. Results of ``smoke`` go to the work
-            folder, never among the committed ones.
+            folder, never among the committed ones, as all do where no checkout is.
         seeds: Seeds for every variant, separated by commas; null takes the benchmark's own.
         only: Cells to run: names of variants or cells, or patterns such as ``fixed-*``, separated by commas.
         dry_run: Only show what would be run and how long it will take, from the times of results that are there.
@@ -51,7 +52,8 @@ def benchmark(
     plan = load_benchmark(name, scale, data=data, settings=set)
     jobs = plan.jobs(_integers("--seeds", seeds), None if only is None else only.split(","))
     folder = Path(work or Path("runs", "benchmark", plan.name, scale))
-    results = folder / "results" if scale == SMOKE else plan.results
+    installed = plan.file is None and not (PACKAGE / "pyproject.toml").is_file()  # a wheel, which stays as it was installed
+    results = folder / "results" if scale == SMOKE or installed else plan.results
     if set:
         mark = hashlib.sha256(json.dumps(sorted(set.items())).encode()).hexdigest()[:8]
         results = folder / f"results-{mark}"

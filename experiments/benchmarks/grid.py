@@ -163,7 +163,7 @@ class Grid:
             )
 
     def _check(self, jobs: list[Job]) -> None:
-        """Refuse command lines that are wrong now, not hours later in their turn."""
+        """Refuse what is wrong or missing now, not hours later in its turn."""
         console.print("Checking the command lines ...")
         names = ["data", "run", "model", *(job.place for job in self.products.values())]
         places = {name: str(self.folder / name) for name in names}
@@ -172,7 +172,7 @@ class Grid:
         done = subprocess.run(checking, input=json.dumps(words), stdout=subprocess.PIPE, text=True, check=True)
         if wrong := json.loads(done.stdout.splitlines()[-1]):
             report = "".join(f"\n  {name}: {error}" for name, error in wrong.items())
-            raise InputError(f"{len(wrong)} of the jobs' command lines are wrong; nothing was run.{report}")
+            raise InputError(f"{len(wrong)} of the jobs cannot be run; nothing was started.{report}")
 
     def _start(
         self, waiting: list[Job], running: list[_Running], failed: dict[str, str], workers: int, progress: Progress
@@ -226,6 +226,7 @@ class Grid:
             "places": places,
             "disk": places[job.disk] if job.disk else None,
             "code": code_version(),
+            "data": job.data,
             "begun": time.time(),
             "steps": [
                 {"name": s.name, "command": s.command, "words": s.words(), "metrics": s.metrics, "curves": s.curves}

@@ -37,6 +37,7 @@ class Step:
         settings: Overrides by dotted key; products and folders stand in braces.
         metrics: {name in the result: name that the command gives}; None keeps all that ``measure`` gives.
         curves: Logged scalars that are kept for every step.
+        reads: Files and folders of data that it reads without being told their names.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Step:
     settings: dict[str, Any]
     metrics: dict[str, str] | None
     curves: list[str]
+    reads: list[str]
 
     def words(self) -> list[str]:
         """Return the words of the command line, places still in braces."""
@@ -70,6 +72,7 @@ class Job:
         place: What stands in braces for a product.
         gives: What a product gives, as a path in its first step's folder.
         disk: Product whose bytes on disk count as the cell's.
+        data: Hashes of the data that it and its products depend on, by their names.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Job:
     place: str = ""
     gives: str = ""
     disk: str | None = None
+    data: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -162,12 +166,14 @@ class Benchmark:
                 product = self._product(name.partition("@")[0], job.seed)
                 self._collect(product, order, [*above, job.name])
                 order[name] = product
+        data = self._data_hashes(job)
+        job.data = {key: value for name in job.needs for key, value in order[name].data.items()} | data
         content = {
             "steps": [[step.words(), sorted((step.metrics or {}).items()), step.curves] for step in job.steps],
             "kept": [job.disk, job.gives],
             "seed": job.seed,
             "configs": [Path(resolve_config(step.config)).read_text("utf-8") for step in job.steps if step.config],
-            "data": self._data_hashes(job),
+            "data": data,
             "products": [order[name].fingerprint for name in job.needs],
             "code": code_version(),
         }
@@ -181,17 +187,19 @@ class Benchmark:
         for name, value in self.constants.items():
             if value not in words:
                 continue
-            named = value.startswith("{data}/")
-            path = Path(self.constants["data"]) / value.removeprefix("{data}/") if named else Path(value)
-            if not named and not exists(path):
-                continue  # a number, or a source that is no file
-            if not exists(path):
-                raise InputError(
-                    f"{name}={str(path)!r} of benchmark {self.name!r} is not there. Name the folder of the data with --data, or "
-                    f"your own with --set.{name}."
-                )
-            hashes[value] = content_hash(path)
+            if value.startswith("{data}/") or exists(Path(value)):  # else a number, or a source that is no file
+                hashes[value] = self._data_hash(name, value, f", or your own with --set.{name}")
+        for value in (value for step in job.steps for value in step.reads):
+            hashes[value] = self._data_hash("reads", value)
         return hashes
+
+    def _data_hash(self, name: str, value: str, remedy: str = "") -> str:
+        path = Path(value.replace("{data}", self.constants["data"]))
+        if not exists(path):
+            raise InputError(
+                f"{name}={str(path)!r} of benchmark {self.name!r} is not there. Name the folder of the data with --data{remedy}."
+            )
+        return content_hash(path)
 
     def _product(self, name: str, seed: int) -> Job:
         entry = self.spec["products"][name]
@@ -221,7 +229,7 @@ class Benchmark:
             if name not in evaluations:
                 raise InputError(f"{where}: {name!r} is no evaluation.{nearest(name, evaluations)}")
         if model := entry.get("model"):  # is there: nothing is trained
-            extra = next((key for key in ("command", "config", "function", "set") if key in entry), None)
+            extra = next((key for key in ("command", "config", "function", "set", "reads") if key in entry), None)
             if extra or not chosen:
                 raise InputError(f"{where} has a model to evaluate, so it takes evaluations and no {extra or 'training'}.")
             let = {**let, "model": model}
@@ -262,7 +270,9 @@ class Benchmark:
         metrics = None if command == "measure" and "metrics" not in entry else entry.get("metrics", {})
         if metrics is not None:
             metrics = {key: fill(source, places, f"{where}, metrics: {key}") for key, source in metrics.items()}
-        return Step(name, command, entry.get("config"), entry.get("function"), settings, metrics, entry.get("curves", []))
+        paths = {key: places[key] for key in ("data", *self.constants, *let)}  # nothing that is yet to be made
+        reads = [fill(path, paths, f"{where}, reads") for path in entry.get("reads", [])]
+        return Step(name, command, entry.get("config"), entry.get("function"), settings, metrics, entry.get("curves", []), reads)
 
     def _needs(self, steps: list[Step], seed: int, disk: str | None = None) -> list[str]:
         """Return the names of the products' jobs that steps name."""

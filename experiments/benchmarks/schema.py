@@ -13,6 +13,7 @@ _STEP = {
     "set": _SETTINGS,
     "metrics": {"type": "object", "additionalProperties": {"type": "string"}},
     "curves": {"type": "array", "items": {"type": "string"}},
+    "reads": {"type": "array", "items": {"type": "string"}},
 }
 
 
@@ -33,7 +34,10 @@ SCHEMA = _mapping(
         "scales": _named(_SETTINGS),
         "products": _named(_mapping({**_STEP, "gives": {"type": "string"}, "seeded": {"type": "boolean"}}, "command", "gives")),
         "common": _mapping(
-            {**{key: _STEP[key] for key in ("command", "config", "function", "set", "metrics", "curves")}, "let": _SETTINGS}
+            {
+                **{key: _STEP[key] for key in ("command", "config", "function", "set", "metrics", "curves", "reads")},
+                "let": _SETTINGS,
+            }
         ),
         "variants": _named(
             _mapping(

@@ -131,7 +131,10 @@ def shortened(table: Table, plan: Benchmark) -> Table:
             if name not in known:
                 raise InputError(f"report.short.{key} of benchmark {plan.name!r}: {name!r} is not there.{nearest(name, known)}")
     columns = {key: table.columns[key] for key in short["columns"]}
-    remarks = [remark.replace(plan.note, plan.fill_note(short.get("note", plan.spec["note"]))) for remark in table.remarks]
+    note = plan.fill_note(short.get("note", plan.spec["note"]))
+    missing = next((remark for remark in table.remarks if remark.startswith("Missing: ")), "")
+    left_out = "" if any(f" {name}-" in missing for name in short["rows"]) else missing
+    remarks = [remark.replace(plan.note, note) for remark in table.remarks if remark != left_out]
     return Table(columns, [rows[name] for name in short["rows"]], remarks)
 
 

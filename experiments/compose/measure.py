@@ -8,11 +8,12 @@ import torch
 from rich.progress import track
 from transformers import DynamicCache, PreTrainedModel
 
-from ...modules.pretrained import compute_device, load_model
+from ...modules.pretrained import compute_device, load_model, model_fingerprint
 from ...modules.span_attention.rules import SpanPlan, SpanRule
 from ...modules.spans import SpanCache, apply_plan, plan_of, remove_plan
 from ..gradient_pruning.measure import PRUNING, train_over_link
 from ..multitask.measure import Course
+from ..netlab import needs_links
 from ..offsite.measure import rung
 from ..spans.measure import read_and_write
 
@@ -71,6 +72,7 @@ def _turn(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> dict[str, f
     }
 
 
+@needs_links()
 def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit: str, folder: str) -> dict[str, float]:
     """Distil a model on ranks whose gradients go over a slow link.
 
@@ -96,7 +98,7 @@ def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit
     return {"step_seconds": statistics.median(seconds), "sent_bytes": log["sent_bytes"] / steps}
 
 
-def offsite(*, emulator: str, **settings: Any) -> dict[str, float]:
+def offsite(*, emulator: str, **settings: Any) -> dict[str, Any]:
     """Tune a prefix on an emulator and plug it into the whole model.
 
     Args:
@@ -104,14 +106,17 @@ def offsite(*, emulator: str, **settings: Any) -> dict[str, float]:
         settings: As for ``offsite.measure.rung``.
 
     Returns:
-        ``accuracy`` of the whole model with the prefix; ``parameters`` of the emulator; ``fetched_bytes``, its files.
+        ``accuracy`` of the whole model with the prefix; ``parameters`` of the emulator; ``fetched_bytes``, its files. And the
+        emulator's hash.
     """
     found = rung(emulator=emulator, kind="plug-in", **settings)
     files = sum(file.stat().st_size for file in Path(emulator).iterdir() if file.is_file())
-    return {"accuracy": found["accuracy"], "parameters": _parameters(emulator), "fetched_bytes": files}
+    parameters, fingerprint = _size_and_hash(emulator)
+    figures = {"accuracy": found["accuracy"], "parameters": parameters, "fetched_bytes": files}
+    return {"metrics": figures, "models": {"emulator": fingerprint}}
 
 
-def tasks(*, source: str, names: str, **course: Any) -> dict[str, float]:
+def tasks(*, source: str, names: str, **course: Any) -> dict[str, Any]:
     """Train a model on several tasks by feature-level weighting.
 
     Args:
@@ -120,13 +125,17 @@ def tasks(*, source: str, names: str, **course: Any) -> dict[str, float]:
         course: As for ``multitask.measure.Course``.
 
     Returns:
-        ``accuracy``, the mean over the tasks' test rows; ``parameters`` of the trunk, with its head.
+        ``accuracy``, the mean over the tasks' test rows; ``parameters`` of the trunk, with its head. And ``tokens`` of the
+        training, and the trunk's hash.
     """
     own = Course(source, tasks=names, **course)
     found = own.run(own.names, "features")
     accuracy = statistics.fmean(found[f"test_{name}"] for name in own.names)
-    return {"accuracy": accuracy, "parameters": _parameters(source)}
+    parameters, fingerprint = _size_and_hash(source)
+    figures = {"accuracy": accuracy, "parameters": parameters}
+    return {"metrics": figures, "cost": {"tokens": found["tokens"]}, "models": {"trunk": fingerprint}}
 
 
-def _parameters(source: str) -> int:
-    return sum(part.numel() for part in load_model(source, "bfloat16").parameters())
+def _size_and_hash(source: str) -> tuple[int, str]:
+    model = load_model(source, "bfloat16")
+    return sum(part.numel() for part in model.parameters()), model_fingerprint(model)

@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..parsing import Parser
 from .humaneval import NAME, find_problems, human_eval
 
 TASKS = Path(__file__).parent / "tasks"
+_NO_HARNESS = "evaluate needs the extra eval: pip install 'fulgurite[eval]'."
 
 
 def evaluate(
@@ -110,9 +112,22 @@ def _harness() -> _Harness:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise InputError("evaluate needs the extra eval: pip install 'fulgurite[eval]'.") from error
+        raise InputError(_NO_HARNESS) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return _Harness(lm_eval.simple_evaluate, HFLM)
+
+
+def check_harness(tasks: str) -> None:
+    """Refuse tasks that need the harness where it is not installed; imports nothing of it.
+
+    Args:
+        tasks: As for ``evaluate``.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if {name.strip() for name in tasks.split(",")} - {NAME} and find_spec("lm_eval") is None:
+        raise InputError(_NO_HARNESS)
 
 
 def _run_harness(harness: _Harness, causal: Any, specs: list[Any], limit: int | None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import write_json
-from ..netlab import NetLab
+from ..netlab import NetLab, needs_links
 from .baselines import read_log
 
 PRUNING = "fulgurite.callbacks.GradientPruning"
@@ -178,6 +178,7 @@ def steps_to(target: float, validations: list[dict[str, float]], key: str = "ste
     return None
 
 
+@needs_links()
 def curve(*, method: str, seeds: str, steps: int, out: str, ranks: int, fit: str) -> dict[str, float]:
     """Take the loss curves of a method whose numbers do not depend on the link, once for all links.
 
@@ -201,6 +202,7 @@ def curve(*, method: str, seeds: str, steps: int, out: str, ranks: int, fit: str
     return {"final_loss": statistics.fmean(points[-1]["loss"] for points in curves)}
 
 
+@needs_links()
 def overlay(
     *, seed: int, method: str, link: str, curves: str, steps: int, target: float, ranks: int, fit: str
 ) -> dict[str, float]:
@@ -209,13 +211,22 @@ def overlay(
     Args:
         seed: Seed of the timed run.
         method: One of ``METHODS`` whose numbers do not depend on the link.
-        link: One of ``LINKS``.
+        link: One of ``LINKS`` that does not change.
         curves: File of ``curve``.
         steps: Steps that are timed.
         target: Validation loss to reach.
         ranks: Number of ranks.
         fit: As in ``curve``.
+
+    Raises:
+        InputError: If the link changes while it runs.
     """
+    if link in LINKS and LINKS[link][1]:
+        steady = ", ".join(name for name, (_, act, _) in LINKS.items() if not act)
+        raise InputError(
+            f"link={link!r} changes while it runs: the times of some steps say nothing of the others. Legal: {steady}. Or run "
+            "the method whole: function ``whole``."
+        )
     log = run_training(method, link, ranks=ranks, steps=steps, seed=seed, options=fit.split())
     # The first steps of some methods are dense; each part of the run has its own pace.
     times = [step["seconds"] for step in log["steps"][1:]]
@@ -230,6 +241,7 @@ def overlay(
     return figures
 
 
+@needs_links()
 def whole(*, seed: int, method: str, link: str, steps: int, target: float, ranks: int, fit: str) -> dict[str, Any]:
     """Run a method whole over a link, as one that adapts has to be.
 
@@ -259,6 +271,7 @@ def whole(*, seed: int, method: str, link: str, steps: int, target: float, ranks
     return {"metrics": figures, "curves": curves}
 
 
+@needs_links()
 def packing(*, seed: int, method: str, steps: int, ranks: int, fit: str) -> dict[str, float]:
     """Measure what selecting, packing, unpacking and summing take of a step that only computes.
 

@@ -1,4 +1,4 @@
-"""How much of a party's text can its owner read from what it gets? An attack on states, trained on public text; one on gradients."""
+"""How much of a party's text can its owner read from what it gets? Attacks on states, and on gradients."""
 
 import torch
 from rich.progress import track

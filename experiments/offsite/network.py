@@ -20,11 +20,12 @@ from ...modules.offsite.certificates import make_certificates
 from ...modules.offsite.remote import OwnersLayers, split_model
 from ...modules.pretrained import load_model
 from ...modules.student import decoder_layers
-from ..netlab import NetLab
+from ..netlab import NetLab, needs_links
 
 _OWNER = "10.77.0.1"
 
 
+@needs_links("rate")
 def through(
     *, seed: int, source: str, cut: int, length: int, rows: int, tokens: int, rounds: int, written: int, rate: str | None = None
 ) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from ...errors import InputError, nearest
@@ -13,7 +14,9 @@ _TOPICS = ("World", "Sports", "Business", "Technology")
 CANDIDATES = {"sst2": list(_SENTIMENT), "ag_news": list(_TOPICS)}
 
 
-def write_task(*, seed: int = 0, task: str, data: str, folder: str, train_rows: int, test_rows: int) -> dict[str, float]:
+def write_task(
+    *, seed: int = 0, task: str, data: str, folder: str, train_rows: int, test_rows: int, held_out: bool = False
+) -> dict[str, float]:
     """Write ``train.jsonl`` and ``test.jsonl`` of a task; return how many rows they have.
 
     Args:
@@ -23,6 +26,7 @@ def write_task(*, seed: int = 0, task: str, data: str, folder: str, train_rows: 
         folder: To write to.
         train_rows: To train on.
         test_rows: To test on.
+        held_out: Take these from the training file, behind the rows to train on: for choices that the test rows must not see.
 
     Raises:
         InputError: If the task is unknown.
@@ -31,8 +35,9 @@ def write_task(*, seed: int = 0, task: str, data: str, folder: str, train_rows: 
     if task not in readers:
         raise InputError(f"task={task!r} is unknown.{nearest(task, readers)}")
     found = {}
-    for split, limit in (("train", train_rows), ("test", test_rows)):
-        rows = [row for row, _ in zip(readers[task](Path(data) / task, split), range(limit))]
+    test = ("train", train_rows) if held_out else ("test", 0)
+    for split, (source, begin), limit in (("train", ("train", 0), train_rows), ("test", test, test_rows)):
+        rows = list(islice(readers[task](Path(data) / task, source), begin, begin + limit))
         lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in rows]
         write_atomic(Path(folder) / f"{split}.jsonl", "".join(lines))
         found[f"{split}_rows"] = float(len(rows))

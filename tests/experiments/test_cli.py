@@ -1,14 +1,17 @@
 import io
 import json
+import re
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from torch.distributed.run import get_args_parser
 
 from fulgurite.errors import InputError
-from fulgurite.experiments.cli import run
+from fulgurite.experiments.cli import FulguriteCLI, parse, run
 from fulgurite.experiments.configs import packaged_configs
 from fulgurite.modules.offsite import EmulatorManifest, ModelPart
 from fulgurite.modules.offsite.certificates import make_certificates
@@ -153,6 +156,64 @@ def test_existing_run_is_left_as_it_is(inputs):
     fit([*inputs["distillation/student"], "--run=mine"])
     with pytest.raises(InputError, match="'mine'.*holds a run already"):
         fit([*inputs["distillation/student"], "--run=mine"])
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_another_command_leaves_the_record_of_a_training_as_it_is(text_file, command):
+    words = ["-c", "language_model/finetune", "--model.source=random:tiny", f"--data.train={text_file}", "--data.block_size=64"]
+    words += ["--run=mine", *QUIET]
+    run(["fit", *words, "--trainer.max_steps=2", "--trainer.callbacks=[NewestCheckpoint]"])
+    folder = Path("runs/finetune/mine")
+    before = {name: (folder / name).read_bytes() for name in ("config.yaml", "environment.json")}
+    for _ in range(2):
+        run([command, *words, f"--trainer.limit_{command.replace('validate', 'val')}_batches=1"])
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    own = {f"config-{command}.yaml", f"config-{command}-1.yaml", f"environment-{command}.json", f"environment-{command}-1.json"}
+    assert {path.name for kind in ("config", "environment") for path in folder.glob(f"{kind}*")} == {*before, *own}
+    assert json.loads((folder / f"environment-{command}-1.json").read_text())["command"][0] == command
+    resumed = run(["fit", "--experiment=finetune", "--run=mine", "--ckpt_path=last", "--trainer.max_steps=3", *QUIET])
+    assert resumed.trainer.global_step == 3
+    assert yaml.safe_load((folder / "config-1.yaml").read_text())["trainer"]["max_steps"] == 3
+    assert (folder / "environment-1.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("launched", "first"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, True),  # by torchrun
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1"}, True),  # which orders machines in its own way
+        ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}, True),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "0"}, True),  # by Lightning, in the process that starts the others
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
+        ({"NODE_RANK": "1"}, False),  # on the second machine
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_the_first_process_alone_refuses_the_folder_of_another_run(text_file, monkeypatch, launched, first):
+    words = ["fit", "-c", "language_model/finetune", "--model.source=random:tiny", f"--data.train={text_file}", "--run=mine"]
+    folder = Path("runs/finetune/mine")
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last.ckpt").touch()
+    monkeypatch.setattr(FulguriteCLI, "_run_subcommand", lambda self, subcommand: None)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    if first:
+        with pytest.raises(InputError, match="'mine'.*holds a run already"):
+            run([*words, *QUIET])
+    else:  # rank 0 has written there since
+        assert run([*words, *QUIET]).trainer.default_root_dir == str(folder)
+
+
+def test_torchrun_takes_the_command_of_the_page_about_large_models():
+    page = (Path(__file__).parents[2] / "docs" / "large-models.md").read_text("utf-8").replace("\\\n", " ")
+    (command,) = re.findall(r"^torchrun (.+)$", page, re.MULTILINE)
+    taken = get_args_parser().parse_args(command.split())
+    assert taken.no_python
+    assert taken.training_script == "fulgurite"
+    assert parse(taken.training_script_args).run == "seven"
 
 
 def test_command_line_that_contradicts_the_checkpoint_is_refused(inputs):

@@ -1,5 +1,7 @@
 """The callback in a Trainer; the model is a user's own, not of this package."""
 
+import time
+
 import pytest
 import safetensors.torch
 import torch
@@ -34,7 +36,7 @@ def data():
     return torch.utils.data.DataLoader(rows, batch_size=8)
 
 
-def fit(tmp_path, callback, *, model=None, ranks=1, ckpt_path=None, strategy=None, callbacks=(), **settings):
+def fit(tmp_path, callback, *, model=None, ranks=1, ckpt_path=None, strategy=None, callbacks=(), rows=None, **settings):
     seed_everything(0, verbose=False)
     trainer = Trainer(
         accelerator="cpu",
@@ -48,7 +50,7 @@ def fit(tmp_path, callback, *, model=None, ranks=1, ckpt_path=None, strategy=Non
         **{"max_steps": 12, "enable_checkpointing": bool(callbacks), **settings},
     )
     model = model or Own()
-    trainer.fit(model, data(), ckpt_path=ckpt_path)
+    trainer.fit(model, data() if rows is None else rows, ckpt_path=ckpt_path)
     return trainer, model
 
 
@@ -157,6 +159,67 @@ def test_adaptive_leaves_a_fast_link_alone(tmp_path):
     callback = GradientPruning(Adaptive(), warmup=0)
     trainer, _ = fit(tmp_path, callback, ranks=1)
     assert trainer.callback_metrics["prune_rate"] == 0
+
+
+class Validated(Own):
+    """Computes for 20 ms a batch, and validates for 300."""
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.02)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        time.sleep(0.3)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(1, 20))
+
+
+class Timed(FixedRate):
+    """Remembers the time of each step."""
+
+    def decide(self, measurement, bytes_at):
+        self.seconds = [*getattr(self, "seconds", []), measurement.step_seconds]
+        return super().decide(measurement, bytes_at)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_validation_is_no_part_of_a_step(tmp_path, batches):
+    policy = Timed(0.9)
+    settings = {"val_check_interval": 3, "accumulate_grad_batches": batches}
+    trainer, _ = fit(tmp_path, GradientPruning(policy, warmup=0), model=Validated(), **settings)
+    assert len(policy.seconds) == 12
+    assert min(policy.seconds) >= 0.02 * batches
+    assert max(policy.seconds) < 0.3
+    assert trainer.callback_metrics["step_seconds"] < 0.3
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        return iter(torch.randn(64, 20, generator=torch.Generator().manual_seed(0)))
+
+
+def stream():
+    return torch.utils.data.DataLoader(Stream(), batch_size=8)
+
+
+@pytest.mark.parametrize("saving", [{"every_n_epochs": 1}, {"every_n_train_steps": 5}])
+def test_data_without_a_length_can_be_trained_on(tmp_path, saving):
+    saving = ModelCheckpoint(dirpath=tmp_path, **saving)
+    callback = GradientPruning(FixedRate(0.9), warmup=2)
+    trainer, _ = fit(tmp_path, callback, callbacks=[saving], rows=stream(), max_steps=-1, max_epochs=2)
+    assert trainer.global_step == 16
+    assert trainer.callback_metrics["prune_rate"] == pytest.approx(0.9)
+    assert callback.total_steps == 0
+
+
+def test_a_share_of_a_run_of_unknown_length_is_no_warm_up(tmp_path):
+    with pytest.raises(InputError, match=r"warmup=0\.05 is a share .*GradientPruning\(warmup=100\).*max_steps"):
+        fit(tmp_path, GradientPruning(), rows=stream(), max_steps=-1, max_epochs=2)
+    trainer, _ = fit(tmp_path, GradientPruning(), rows=stream(), max_steps=10, max_epochs=2)
+    assert trainer.global_step == 10
 
 
 class Manual(Own):

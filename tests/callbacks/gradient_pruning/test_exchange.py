@@ -83,6 +83,35 @@ def test_momentum_of_what_was_sent_is_forgotten():
     torch.testing.assert_close(result + exchange.residuals["p0"], 0.9 * before + gradient + held, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("value_bits", "all_sent"), [(4, 0.2), (16, 0.05)])
+def test_momentum_goes_on_where_everything_is_sent(value_bits, all_sent):
+    """A selection of all entries gives the updates of the dense exchange, but for what its rounding keeps back."""
+    parameters = parameters_of([(50, 50), (7,)])
+    exchanges = {rate: exchange_of(parameters, momentum=0.9, value_bits=value_bits) for rate in (0.0, all_sent)}
+    sums = {rate: torch.zeros(2507) for rate in exchanges}
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        gradient = torch.randn(2507, generator=draw)
+        for rate, exchange in exchanges.items():
+            exchange.rate = rate
+            sums[rate] += exchange.exchange(gradient.clone(), parameters, 2507).wait()
+    totals = [sums[rate] + kept_back(exchange, parameters) for rate, exchange in exchanges.items()]
+    torch.testing.assert_close(*totals, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(exchange.velocities["p0"] for exchange in exchanges.values()))
+
+
+def test_what_is_kept_back_of_one_parameter_never_becomes_that_of_another():
+    """Of branches of equal size, one process trains one a step."""
+    parameters = one, two, three = parameters_of([(50, 50)] * 3)
+    exchange = exchange_of(parameters)
+    exchange.rate = 0.9
+    exchange.exchange(torch.randn(5000), [one, two], 7500).wait()
+    before = exchange.residuals["p1"].clone()
+    exchange.exchange(torch.randn(5000), [one, three], 7500).wait()
+    assert torch.equal(exchange.residuals["p1"], before)
+    assert not torch.equal(exchange.residuals["p2"], before)
+
+
 def test_a_gradient_that_is_not_finite_does_not_poison_the_next():
     parameters = parameters_of([(50, 50)])
     exchange = exchange_of(parameters)

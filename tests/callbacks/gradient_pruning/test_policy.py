@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from fulgurite.callbacks.gradient_pruning import Adaptive, FixedRate, Measurement, PublishedRule
+from fulgurite.callbacks.gradient_pruning import Adaptive, FixedRate, Measurement, PruningPolicy, PublishedRule
 from fulgurite.callbacks.gradient_pruning.policy import LADDER, BytesAt, ChangeDetector
 from fulgurite.errors import InputError
 
@@ -21,17 +21,15 @@ def measured(step=0, *, rate=0.0, compute=0.1, bandwidth=2.5e6, ranks=2, loss=3.
     return Measurement(step, loss, seconds or compute + exposed, exposed, busy, sent, rate, ranks)
 
 
-def run(policy, bandwidths, *, compute=0.1, ranks=2, losses=None):
-    """Return the rates that a policy chooses, step by step."""
+def run(policy, bandwidths, *, compute=0.1, ranks=2, losses=None, late=0):
+    """Return the rates that a policy chooses, step by step; measurements come late by some steps, behind a dense warm-up."""
     bytes_at = bytes_of(ranks)
-    rate, rates = policy.start(), []
+    rates = [0.0] * late + [policy.start()]
     for step, bandwidth in enumerate(bandwidths):
         loss = losses[step] if losses else 5 - 0.01 * step
-        rate = policy.decide(
-            measured(step, rate=rate, bandwidth=bandwidth, compute=compute, ranks=ranks, loss=loss, bytes_at=bytes_at), bytes_at
-        )
-        rates.append(rate)
-    return rates
+        settings = {"bandwidth": bandwidth, "compute": compute, "ranks": ranks, "loss": loss, "bytes_at": bytes_at}
+        rates.append(policy.decide(measured(step, rate=rates[step], **settings), bytes_at))
+    return rates[late + 1 :]
 
 
 def test_bytes_of_a_step():
@@ -57,6 +55,24 @@ def test_published_rule_prunes_more_while_the_step_is_too_slow_and_then_keeps():
     assert measured(rate=final).step_seconds <= 1.5 * 0.1
     below = LADDER[LADDER.index(final) - 1]
     assert measured(rate=below).step_seconds > 1.5 * 0.1
+
+
+@pytest.mark.parametrize("decide_every", [1, 5])
+def test_a_rate_is_kept_where_measurements_come_late(decide_every):
+    """As with several ranks: the step that is known of is one of before the last change."""
+    late, prompt = (run(PublishedRule(decide_every=decide_every), [2.5e6] * 60, late=late) for late in (1, 0))
+    assert late == sorted(late)
+    assert late[-1] == prompt[-1]
+
+
+def test_a_policy_that_decides_nothing_keeps_the_rate_that_it_starts_with():
+    class Half(PruningPolicy):
+        def start(self):
+            return 0.5
+
+    assert set(run(Half(), [2.5e6] * 5, late=1)) == {0.5}
+    silent = Adaptive(ladder=[0.5, 0.9])  # nothing was sent: nothing to decide by
+    assert silent.decide(dataclasses.replace(measured(), bytes=0.0), bytes_of()) == silent.start() == 0.5
 
 
 def test_published_rule_prunes_less_when_the_loss_does_not_fall():
@@ -180,6 +196,11 @@ def test_state_goes_through_a_checkpoint():
         run(one, [2.5e6] * 8)
         two.load_state_dict(one.state_dict())
         assert two.losses.performance() == one.losses.performance()
+    assert two.state_dict() == one.state_dict()
+    assert two.rate > 0
+    of_an_earlier_version = PublishedRule()
+    of_an_earlier_version.load_state_dict({"losses": [3.0], "adjusting": False})
+    assert of_an_earlier_version.decide(measured(rate=0.9), bytes_of()) == 0.9
     ramp, again = FixedRate(0.99, ramp_steps=10), FixedRate(0.99, ramp_steps=10)
     run(ramp, [1e6] * 4)
     again.load_state_dict(ramp.state_dict())

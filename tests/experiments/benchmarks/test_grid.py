@@ -1,9 +1,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from fulgurite.experiments.benchmarks import command
+from fulgurite.experiments.benchmarks.fingerprints import content_hash
 from fulgurite.experiments.benchmarks.grid import Grid
 from fulgurite.experiments.benchmarks.results import load_results
 from fulgurite.experiments.main import main
@@ -70,6 +73,31 @@ def test_each_seed_has_its_own_products_and_a_model_that_is_there_is_only_evalua
     assert "tokens" not in once["cost"]
 
 
+def test_what_functions_read_by_themselves_stands_in_the_result(bench, text_file, tmp_path):
+    step = {"command": "measure", "function": "offsite.tasks:write_task"}
+    settings = {"data": "{data}", "folder": "{run}/rows", "train_rows": 2, "test_rows": 1}
+
+    def change(spec):
+        spec["products"] = {"rows": {**step, "gives": "rows", "reads": ["{data}/sst2"], "set": {**settings, "task": "sst2"}}}
+        own = {"task": "ag_news", "folder": "{rows}/../more"}
+        spec["variants"] = {"more": {**step, "title": "m", "reads": ["{data}/{name}"], "set": {**settings, **own}}}
+        spec["variants"]["more"] |= {"metrics": {"rows": "train_rows"}, "evaluations": [], "let": {"name": "ag_news"}}
+        spec["common"] = {"reads": ["{data}/nowhere"]}
+
+    for name, row in {"sst2/train_b.tsv": "sentence\tlabel\nA\t1", "sst2/validation.tsv": "sentence\tlabel\nB\t0"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(row + "\n")
+    (tmp_path / "ag_news").mkdir()
+    (tmp_path / "ag_news/train_5k.csv").write_text("Text,1\n")
+    (tmp_path / "ag_news/test.csv").write_text("2,Title,text\n")
+    plan = bench(change)
+    main(["benchmark", "method", f"--data={text_file.parent}"])
+    (found,) = load_results(plan.results)
+    assert found["metrics"]["final"] == {"rows": 1.0}
+    hashes = {f"{{data}}/{name}": content_hash(tmp_path / name) for name in ("sst2", "ag_news")}
+    assert found["environment"]["data"] == hashes
+
+
 def test_wrong_command_lines_are_refused_before_the_first_job(bench, text_file, capsys, tmp_path):
     def change(spec):
         spec["variants"]["fast"]["set"] = {"model.optimizr": "x"}
@@ -79,7 +107,7 @@ def test_wrong_command_lines_are_refused_before_the_first_job(bench, text_file, 
     with pytest.raises(SystemExit):
         main(["benchmark", "method", f"--data={text_file.parent}"])
     said = capsys.readouterr().err
-    assert "2 of the jobs' command lines are wrong; nothing was run" in said
+    assert "2 of the jobs cannot be run; nothing was started" in said
     assert "fast-0:" in said
     assert "optimizr" in said
     assert "timed-0: function 'language_model.measure:startup': " in said
@@ -152,6 +180,17 @@ def test_results_of_other_settings_go_to_the_work_folder(bench, text_file, tmp_p
         Grid.run = run
     assert str(seen[0]).startswith("runs/benchmark/method/cpu/results-")
     assert seen[1] == plan.results
+
+
+def test_an_installed_package_keeps_its_own_results(bench, text_file, monkeypatch):
+    plan = bench()
+    seen = []
+    monkeypatch.setattr(Grid, "run", lambda self, workers: seen.append(self.results))
+    monkeypatch.setattr(command, "PACKAGE", text_file.parent)  # a wheel has no pyproject.toml
+    main(["benchmark", "method", f"--data={text_file.parent}"])
+    (text_file.parent / "pyproject.toml").touch()
+    main(["benchmark", "method", f"--data={text_file.parent}"])
+    assert seen == [Path("runs/benchmark/method/cpu/results"), plan.results]
 
 
 def test_the_command_itself_imports_nothing_heavy():

@@ -44,6 +44,31 @@ def test_fingerprint_follows_commands_configs_and_data(bench, text_file):
     assert all(job.fingerprint != before[job.name] for job in bench().jobs())
 
 
+def test_what_a_function_reads_by_itself_is_part_of_the_fingerprint(bench, tmp_path):
+    def change(spec):
+        spec["scales"]["cpu"]["sets"] = "{data}/sets"
+        spec["products"]["tuned"]["reads"] = ["{sets}/one"]
+        spec["common"]["reads"] = ["{data}/common"]
+        spec["variants"]["fast"] |= {"reads": ["{data}/{which}"], "let": {"which": "own", "start": "random:tiny"}}
+        spec["evaluations"]["held-out"]["reads"] = ["{data}/seen"]
+
+    with pytest.raises(InputError, match=r"reads='.*/sets/one' of benchmark 'method' is not there\. Name.*--data\.$"):
+        bench(change).jobs()
+    files = {name: tmp_path / name for name in ("sets/one", "common", "own", "seen")}
+    for path in files.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("some words")
+    jobs = {job.name: job for job in bench(change).jobs()}
+    assert jobs["fast-0"].data.keys() == {"{data}/text.txt", "{data}/own", "{data}/seen"}
+    assert jobs["slow-0"].data.keys() == {"{data}/text.txt", "{data}/common", "{data}/seen", "{data}/sets/one"}
+    for name, changed in {"sets/one": {"tuned", "slow-0", "slow-1"}, "common": {"slow-0", "slow-1"}, "own": {"fast-0"}}.items():
+        files[name].write_text("other words")
+        content_hash.cache_clear()
+        again = {job.name: job for job in bench(change).jobs()}
+        assert {job for job in jobs if again[job].fingerprint != jobs[job].fingerprint} == changed
+        jobs = again
+
+
 def test_null_leaves_out_a_common_setting(bench):
     job = bench(lambda spec: spec["variants"]["fast"].update(set={"data.train_tokens": None})).jobs(only=["fast"])[-1]
     assert not any(word.startswith("--data.train_tokens") for word in job.steps[0].words())
@@ -66,6 +91,8 @@ def test_null_leaves_out_a_common_setting(bench):
         (lambda spec: spec["products"]["tuned"]["set"].update({"a": "{tuned}"}), "need each other: slow-0 -> tuned"),
         (lambda spec: spec["variants"]["fast"].update(evaluations=["held-ot"]), "'held-ot' is no evaluation.*'held-out'"),
         (lambda spec: spec["variants"]["fast"].update(model="{tuned}", set={"a": 1}), "has a model.*and no set"),
+        (lambda spec: spec["variants"]["slow"].update(model="{tuned}", reads=["{text}"]), "has a model.*and no reads"),
+        (lambda spec: spec["variants"]["fast"].update(reads=["{tuned}/x"]), r"reads: \{tuned\} stands for nothing"),
         (
             lambda spec: spec["products"].update(
                 seeded={**spec["products"]["tuned"], "seeded": True},
@@ -93,6 +120,10 @@ def test_unknown_names_and_missing_data_are_refused(bench, tmp_path):
     assert load_benchmark("method", settings={"tokens": "64"}).constants["tokens"] == "64"
 
 
+SETS = [f"{{data}}/{name}" for name in ("sst2", "rte", "ag_news", "banking77", "sms_spam")]
+SETS += [f"{{data}}/wikitext2/{split}.raw.txt" for split in ("valid", "test")]
+
+
 @pytest.mark.parametrize("name", available())
 def test_command_lines_of_the_packaged_benchmarks_are_right(name, tmp_path):
     """Every step at every scale, ``gpu`` too, parses as a command line, and every benchmark can be tried at ``smoke``."""
@@ -102,7 +133,7 @@ def test_command_lines_of_the_packaged_benchmarks_are_right(name, tmp_path):
     assert "smoke" in load_benchmark(name).spec["scales"]
     for scale in load_benchmark(name).spec["scales"]:
         plan = load_benchmark(name, scale, data=str(tmp_path))
-        for value in plan.constants.values():
+        for value in [*plan.constants.values(), *SETS]:
             if value.startswith("{data}/"):
                 (tmp_path / value.removeprefix("{data}/")).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / value.removeprefix("{data}/")).touch()

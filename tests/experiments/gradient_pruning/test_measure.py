@@ -3,6 +3,7 @@ import json
 import pytest
 
 from fulgurite.errors import InputError
+from fulgurite.experiments.benchmarks.plan import load_benchmark
 from fulgurite.experiments.gradient_pruning import measure
 from fulgurite.experiments.gradient_pruning.measure import WARMUP, curve, overlay, run_training, steps_to, whole
 
@@ -44,6 +45,20 @@ def test_curves_are_laid_over_the_times_of_a_link(tmp_path, monkeypatch):
     assert runs == [("dense", None, 0, 150), ("dense", None, 1, 150), ("dense", "20mbit", 0, 30)]
     missed = overlay(seed=0, method="dense", link="20mbit", curves=str(file), steps=30, target=1.0, ranks=2, fit="")
     assert "seconds_to_target" not in missed
+
+
+@pytest.mark.parametrize("link", ["flapping", "outages"])
+def test_no_curve_is_laid_over_a_link_that_changes(monkeypatch, link):
+    monkeypatch.setattr(measure, "run_training", lambda *arguments, **settings: pytest.fail("trained"))
+    with pytest.raises(InputError, match=f"link='{link}' changes while it runs.*Legal: 1gbit, 100mbit, 20mbit.*whole"):
+        overlay(seed=0, method="dense", link=link, curves="", steps=30, target=2.5, ranks=2, fit="")
+
+
+def test_the_packaged_benchmark_runs_whole_what_a_changing_link_matters_to():
+    changing = {f"--link={link}" for link, (_, act, _) in measure.LINKS.items() if act}
+    for cell in load_benchmark("gradient_pruning").cells():
+        for words in (step.words() for step in cell.steps):
+            assert "gradient_pruning.measure:overlay" not in words or not changing & set(words), cell.name
 
 
 def test_a_whole_run_gives_its_curves(monkeypatch):

@@ -36,6 +36,12 @@ def test_rows_of_both_tasks(data):
         assert {row["response"] for row in rows(data / folder, "train")} <= set(CANDIDATES[task])
 
 
+def test_held_out_rows_are_those_behind_the_rows_to_train_on(data):
+    write_task(task="sst2", data=str(data), folder=str(data / "one"), train_rows=1, test_rows=9, held_out=True)
+    assert [row["prompt"].split("? ")[1] for row in rows(data / "one", "train")] == ['a "fine train_b']
+    assert [row["prompt"].split("? ")[1] for row in rows(data / "one", "test")] == ["dull", "more"]
+
+
 def test_an_unknown_task_is_refused(data):
     with pytest.raises(InputError, match="task='sst' is unknown"):
         write_task(task="sst", data=str(data), folder=str(data), train_rows=1, test_rows=1)
