@@ -33,3 +33,17 @@ class TaskSchedule(Callback):
         if all(self.starts.get(name, 0) for name in data.tasks):
             raise InputError(f"starts={self.starts}: no task is there from the start. Leave one out, or give it 0.")
         data.schedule = dict(self.starts)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse tasks that would never join, now that it is known how long the run is."""
+        steps = trainer.estimated_stepping_batches
+        for name, start in self.starts.items():
+            if start >= steps:
+                raise InputError(
+                    f"starts.{name}={start}: the run ends after {steps} optimizer steps. Legal: 0 to {int(steps) - 1}; or give "
+                    "trainer.max_steps or max_epochs more."
+                )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the data as it was, for another Trainer."""
+        trainer.datamodule.schedule = {}  # type: ignore[attr-defined]

@@ -50,11 +50,13 @@ class MultiTaskDataModule(TokenDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if self.seed < 0:
+            raise DataError(f"seed={self.seed} is below 0. Legal: 0 or more, or null.")
         self.tasks: dict[str, Task] = tasks if tasks is not None else {"text": TextTask()}
         if not self.tasks:
             raise DataError("tasks is empty: there is nothing to learn. Give one or more.")
         for name in self.tasks:
-            if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+            if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
                 raise DataError(
                     f"tasks: {name!r} cannot be a name. Legal: letters, digits, '-' and '_', and no word of PyTorch's modules."
                 )
@@ -112,7 +114,6 @@ class MultiTaskDataModule(TokenDataModule):
         """Return the training examples, in an order that goes on where a checkpoint was written."""
         trainer = self.trainer
         sizes = {name: task.size("train") for name, task in self.tasks.items()}
-        limit = None if trainer is None else trainer.limit_train_batches
         sampler = TaskSampler(
             sizes,
             shares=self.shares or shares_of(sizes, self.temperature),
@@ -120,7 +121,7 @@ class MultiTaskDataModule(TokenDataModule):
             mixed=self.mixed,
             starts=self.schedule,
             accumulate=1 if trainer is None else trainer.accumulate_grad_batches,
-            limit=limit if isinstance(limit, int) else None,
+            limit=None if trainer is None else trainer.limit_train_batches,
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import nearest
 from ...modules.multitask.objectives import IGNORED, Kind, Mask, Objective
+from ...modules.multitask.readable import end_token
 from ...modules.tokens import needs_bos
 from ..documents import DataError
 from .tables import Row, TableRows, column_of, content_hash, read_table, text_of
@@ -336,10 +337,10 @@ class GenerationTask(RowTask):
         head = self.tokenizer(self.template.replace("{prompt}", row["prompt"])).input_ids
         tail: list[int] = []
         if "response" in row:
-            end = self.tokenizer.eos_token_id
+            end = end_token(self.tokenizer)
             tail = self.tokenizer(row["response"], add_special_tokens=False).input_ids + ([end] if end is not None else [])
         room = _room_of_first(len(head), len(tail), self.length)
-        begin = 1 if needs_bos(self.tokenizer) else 0
+        begin = int(head[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
         head = head if len(head) <= room else [*head[:begin], *head[begin - room :]]  # what is asked stands at its end
         ids = [*head, *tail][: self.length]
         return [Part("causal", ids, [0] * len(ids), {self.name: [*[IGNORED] * len(head), *ids[len(head) :]]})]

@@ -20,7 +20,8 @@ class TaskSampler(Sampler[Key]):
         mixed: Every batch has examples of all active tasks, at least one of each; else of one task.
         starts: Optimizer step of tasks that are added later.
         accumulate: Batches of an optimizer step; the last step of an epoch may have fewer.
-        limit: Batches of an epoch at most; None takes as many as hold all examples.
+        limit: Batches of an epoch at most, or a float, the share of them that the Trainer takes; None takes as many as hold all
+            examples.
         seed: Of all that is drawn.
         rank: This process.
         world_size: Number of processes.
@@ -35,7 +36,7 @@ class TaskSampler(Sampler[Key]):
         mixed: bool,
         starts: dict[str, int] | None = None,
         accumulate: int = 1,
-        limit: int | None = None,
+        limit: int | float | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -45,8 +46,11 @@ class TaskSampler(Sampler[Key]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.size = sum(sizes.values())
         self.batches = max(1, self.size // (batch_size * world_size))  # an epoch
-        if limit is not None:
+        if isinstance(limit, int):
             self.batches = min(self.batches, limit)
+        self.length = self.batches * batch_size
+        if isinstance(limit, float):  # of this length the Trainer takes its share itself
+            self.batches = max(1, int(self.batches * limit))
         self.epoch = 0
         self.skip = 0
         self._drawn = 0, dict.fromkeys(sizes, 0)  # before an epoch, the examples drawn by all ranks
@@ -63,7 +67,7 @@ class TaskSampler(Sampler[Key]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.batches * self.batch_size
+        return self.length
 
     def __iter__(self) -> Iterator[Key]:
         skip, self.skip = self.skip, 0
@@ -115,5 +119,6 @@ def shares_of(sizes: dict[str, int], temperature: float) -> dict[str, float]:
         sizes: Examples of each task.
         temperature: Above 0.
     """
-    raw = {task: size ** (1 / temperature) for task, size in sizes.items()}
+    largest = max(sizes.values())
+    raw = {task: (size / largest) ** (1 / temperature) for task, size in sizes.items()}
     return {task: value / sum(raw.values()) for task, value in raw.items()}

@@ -59,6 +59,7 @@ class Course:
         layers: Of each branch.
         limit: Rows to validate on, and to test on.
         seed: Of everything.
+        alone_rate: Learning rate of a task by itself, whose batches are smaller; None takes ``rate``.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Course:
         layers: int,
         limit: int,
         seed: int,
+        alone_rate: float | None = None,
     ) -> None:
         self.names = tasks.split(",")
         for name in self.names:
@@ -81,6 +83,7 @@ class Course:
                 raise InputError(f"tasks has {name!r}.{nearest(name, [*_TABLES, 'words'])}")
         self.source, self.data, self.rows, self.steps, self.rate = source, Path(data), rows, steps, rate
         self.length, self.layers, self.limit, self.seed = length, layers, limit, seed
+        self.alone_rate = rate if alone_rate is None else alone_rate
 
     def task(self, name: str) -> Task:
         """Return a task."""
@@ -92,15 +95,17 @@ class Course:
         rows = TableRows(str(self.data / train), test=str(self.data / test), columns=names, val_rows=self.limit)
         return ClassificationTask(rows, **columns, length=self.length)
 
-    def run(self, names: list[str], combination: str, *, schedule: bool = False) -> dict[str, float]:
+    def run(self, names: list[str], combination: str, *, schedule: bool = False, rate: float | None = None) -> dict[str, float]:
         """Train on tasks, and return ``val_<task>`` and ``test_<task>``: accuracies, of words the loss; and ``tokens``."""
         if combination not in COMBINATIONS:
             raise InputError(f"combination={combination!r} is unknown.{nearest(combination, COMBINATIONS)}")
         seed_everything(self.seed, verbose=False)
+        # With a schedule in the order given; all are there for the last half.
+        starts = {name: place * self.steps // (2 * len(names)) if schedule else 0 for place, name in enumerate(names)}
         data = MultiTaskDataModule(
             {name: self.task(name) for name in names},
             batch_size=self.rows * len(names),
-            shares=dict.fromkeys(names, 1.0),
+            shares=even_shares(starts, self.steps),
             seed=self.seed,
         )
         module = MultiTask(
@@ -108,13 +113,11 @@ class Course:
             combination=COMBINATIONS[combination](len(names)),
             branch_layers=self.layers,
             period=max(1, self.steps // 20),
-            optimizer=partial(torch.optim.AdamW, lr=self.rate, weight_decay=0.01),
+            optimizer=partial(torch.optim.AdamW, lr=self.rate if rate is None else rate, weight_decay=0.01),
             lr_scheduler=WarmupCosine,
         )
-        rate = TokenRate()
-        callbacks: list[Any] = [rate]
-        if schedule:  # in the order given; all are there for the last half
-            callbacks.append(TaskSchedule({name: place * self.steps // (2 * len(names)) for place, name in enumerate(names)}))
+        pace = TokenRate()
+        callbacks: list[Any] = [pace, TaskSchedule(starts)] if schedule else [pace]
         trainer = Trainer(
             max_steps=self.steps,
             max_epochs=-1,
@@ -127,7 +130,7 @@ class Course:
             enable_model_summary=False,
         )
         trainer.fit(module, data)
-        found: dict[str, float] = {"tokens": float(rate.tokens)}
+        found: dict[str, float] = {"tokens": float(pace.tokens)}
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         reader = Trainer(precision="bf16-mixed", **quiet)
         for split, read in (("val", reader.validate), ("test", reader.test)):
@@ -139,19 +142,35 @@ class Course:
 
     def alone(self) -> dict[str, float]:
         """Train a model for each task by itself; what they came to is kept, since every combination is compared with it."""
-        key = [self.source, sorted(self.names), self.rows, self.steps, self.rate, self.length, self.layers, self.limit, self.seed]
+        key = [self.source, sorted(self.names), self.rows, self.steps, self.alone_rate, self.length, self.layers, self.limit]
         files = [place for name in self.names for place in (_TABLES[name][0][:2] if name in _TABLES else _WORDS)]
         contents = [hashlib.sha256((self.data / place).read_bytes()).hexdigest() for place in files]
-        folder = cache_folder("multitask", digest([key, contents, code_version()]))
+        folder = cache_folder("multitask", digest([key, self.seed, contents, code_version()]))
         if not folder.is_dir():
             found: dict[str, float] = {"tokens": 0.0}
             for name in self.names:
-                figures = self.run([name], "sum")
+                figures = self.run([name], "sum", rate=self.alone_rate)
                 found["tokens"] += figures.pop("tokens")
                 found |= figures
             with atomic_folder(folder) as new:
                 write_json(new / "alone.json", found)
         return json.loads((folder / "alone.json").read_text("utf-8"))
+
+
+def even_shares(starts: dict[str, int], steps: int) -> dict[str, float]:
+    """Return the shares with which tasks come to equally many examples in a run, whenever each joins.
+
+    Args:
+        starts: Optimizer step at which each task joins.
+        steps: Of the run.
+    """
+    shares = dict.fromkeys(starts, 1.0)
+    for _ in range(100 if any(starts.values()) else 0):  # by fixed-point iteration
+        there = [sum(share for name, share in shares.items() if starts[name] <= step) for step in range(steps)]
+        drawn = {name: sum(share / there[step] for step in range(starts[name], steps)) for name, share in shares.items()}
+        shares = {name: share / drawn[name] for name, share in shares.items()}
+        shares = {name: share / max(shares.values()) for name, share in shares.items()}
+    return shares
 
 
 def training(*, combination: str, schedule: bool = False, **course: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import InputError, nearest
+from ...errors import InputError
 from ..linear_loss import linear_loss, shift_labels
 from .objectives import IGNORED, Objective
 from .trunk import Trunk, View
@@ -155,13 +155,6 @@ class TransformerBranch(Branch):
         return Answer(functional.cross_entropy(found, wanted), len(wanted), found.argmax(dim=-1), wanted)
 
 
-def check_names(parameter: str, named: dict[str, Any], objectives: dict[str, Objective]) -> None:
-    """Raise an InputError if a parameter names what is no task."""
-    for name in named:
-        if name not in objectives:
-            raise InputError(f"{parameter} has {name!r}, which is no task of the data.{nearest(name, objectives)}")
-
-
 def build_branches(
     trunk: Trunk, objectives: dict[str, Objective], given: dict[str, Branch] | None, default: Any
 ) -> nn.ModuleDict:
@@ -170,19 +163,9 @@ def build_branches(
     Args:
         trunk: The shared layers.
         objectives: Of each task.
-        given: Branches by task; None makes one of ``default`` for each.
+        given: Branches by task, for all of them; None makes one of ``default`` for each.
         default: Makes a branch.
-
-    Raises:
-        InputError: If some are given, but not one for each task.
     """
-    check_names("branches", given or {}, objectives)
-    missing = [name for name in objectives if given is not None and name not in given]
-    if missing:
-        raise InputError(
-            f"branches has none for task {missing[0]!r}. Give one for each task of the data ({', '.join(objectives)}), or leave "
-            "branches out."
-        )
     branches = dict(given) if given is not None else {name: default() for name in objectives}
     for name, objective in objectives.items():
         branches[name].attach(trunk, objective)

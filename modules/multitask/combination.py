@@ -10,19 +10,21 @@ Three ways, all of them automatic optimisation:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.cli import OptimizerCallable
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.distributed import ReduceOp, all_reduce, get_world_size, is_available, is_initialized
+from torch.optim import Optimizer
 from torchjd.aggregation import Aggregator, UPGradWeighting, Weighting
 from torchjd.linalg import DualConeProjector
-from torchjd.scalarization import Mean, Scalarizer, Sum
+from torchjd.scalarization import Scalarizer
 
 from ...errors import InputError
 
@@ -91,35 +93,53 @@ class FeatureWeighting(nn.Module):
 Combination = Scalarizer | FeatureWeighting | Aggregator
 
 
-def check_combination(combination: Combination, data: Any, strategy: Strategy, precision: str) -> None:
-    """Raise an InputError for a combination that the batches, the strategy or the precision cannot serve.
+def with_own_rate(optimizer: OptimizerCallable, combination: nn.Module, rate: float) -> OptimizerCallable:
+    """Return an optimizer that has a group for what a combination learns: without decay, at a rate of its own.
 
     Args:
-        combination: How losses are combined.
-        data: A ``MultiTaskDataModule``.
-        strategy: Of the Trainer.
-        precision: Of the Trainer.
+        optimizer: Makes the optimizer, given its parameters.
+        combination: How losses are combined; one that learns nothing changes nothing.
+        rate: Learning rate of that group.
     """
-    name, jacobian = type(combination).__name__, isinstance(combination, Aggregator)
-    needs_all = not isinstance(combination, Sum | Mean)
-    if needs_all and not data.mixed:
-        raise InputError(
-            f"combination={name} compares tasks, but data.batches='task' brings one at a time. Legal: data.batches=mixed, or "
-            "combination Sum or Mean."
-        )
-    if needs_all and data.schedule and not isinstance(combination, FeatureWeighting | Aggregator):
-        raise InputError(f"combination={name} needs all tasks from the start, but TaskSchedule adds some later. Leave one out.")
-    finds_unused = not isinstance(strategy, DDPStrategy) or getattr(strategy.model, "find_unused_parameters", True)
-    if (data.schedule or not data.mixed) and not finds_unused and not jacobian:
-        what = "TaskSchedule" if data.schedule else "data.batches='task'"
-        raise InputError(
-            f"{what} leaves branches without a gradient, for which DDP would wait. Use trainer.strategy: "
-            "ddp_find_unused_parameters_true."
-        )
-    if jacobian and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise InputError(f"combination={name} needs whole gradients. Legal strategies: one device, ddp.")
-    if jacobian and precision == "16-mixed":
-        raise InputError(f"combination={name} cannot scale its gradients. Legal precisions: 32-true, bf16-mixed.")
+
+    def build(parameters: Any) -> Optimizer:
+        built = optimizer(parameters)
+        learnt = {id(parameter) for parameter in combination.parameters()}
+        for group in list(built.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in learnt]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in learnt]
+                built.add_param_group({**group, "params": own, "lr": rate, "weight_decay": 0.0})
+                built.load_state_dict(built.state_dict())  # optimizers made of others, such as MuonAdamW, look at groups then
+        return built
+
+    return build
+
+
+@contextmanager
+def common_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw within it what every rank draws, and behind it as if nothing had been drawn.
+
+    Args:
+        seed: The same on all ranks.
+        device: Where it is drawn, beside the CPU.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def over_ranks(losses: Tensor) -> Tensor:
+    """Return losses [tasks] with the values of all ranks' means and the gradients of this one's.
+
+    So every rank combines the same numbers, and gradients that are averaged afterwards are those of one process.
+    """
+    ranks = get_world_size() if is_available() and is_initialized() else 1
+    if ranks == 1:
+        return losses
+    mean = losses.detach().clone()
+    all_reduce(mean, ReduceOp.SUM)
+    return losses + (mean / ranks - losses.detach())
 
 
 @dataclass
@@ -144,10 +164,11 @@ class FanOut:
     Args:
         rule: How it is weighed; None for a plain sum.
         watch: Whether to find the gradients' cosines, where no rule needs them.
+        seed: Of rules that draw, as PCGrad's does: every rank the same.
     """
 
-    def __init__(self, rule: FeatureWeighting | None, *, watch: bool = False) -> None:
-        self.rule, self.watch = rule, watch
+    def __init__(self, rule: FeatureWeighting | None, *, watch: bool = False, seed: int = 0) -> None:
+        self.rule, self.watch, self.seed = rule, watch, seed
         self.agreement: Agreement | None = None
 
     def split(self, features: Sequence[Tensor], readers: Sequence[Sequence[int]]) -> list[list[Tensor]]:
@@ -176,7 +197,8 @@ class FanOut:
                 on = "features" if len(readers) == 1 else "map"
             gramian = self._gramian(features, by_view, tasks, on)
             if self.rule is not None:
-                weights = self.rule.weighting(gramian).detach()
+                with common_seed(self.seed, gramian.device):
+                    weights = self.rule.weighting(gramian).detach()
             self.agreement = Agreement(gramian_cosines(gramian), None if self.rule is None else weights)
         found = []
         for view, pairs in zip(features, by_view):
@@ -241,11 +263,23 @@ def combination_state(combination: Any) -> dict[str, Any]:
     }
 
 
-def load_combination_state(combination: nn.Module, state: dict[str, Any]) -> None:
-    """Give a combination back what ``combination_state`` returned of one with the same name."""
+def load_combination_state(combination: nn.Module, state: dict[str, Any], device: torch.device) -> None:
+    """Give a combination back what ``combination_state`` returned of one with the same name.
+
+    Args:
+        combination: How losses are combined.
+        state: What it remembered.
+        device: Where its tensors go.
+    """
     for name, value in state.items():
         place, _, attribute = name.rpartition(".")
-        setattr(combination.get_submodule(place), attribute, value)
+        setattr(combination.get_submodule(place), attribute, _on(value, device))
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_on(one, device) for one in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _is_plain(value: Any) -> bool:

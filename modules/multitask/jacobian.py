@@ -8,7 +8,7 @@ from torch.distributed import ReduceOp, all_reduce, get_world_size, is_available
 from torchjd.aggregation import Aggregator
 from torchjd.autojac import jac_to_grad
 
-from .combination import Agreement, gramian_cosines
+from .combination import Agreement, common_seed, gramian_cosines
 
 
 class Jacobian:
@@ -20,6 +20,7 @@ class Jacobian:
 
     def __init__(self, aggregator: Aggregator) -> None:
         self.aggregator = aggregator
+        self._tasks: set[str] = set()  # that had a loss since the last optimizer step
 
     def add(self, losses: dict[str, Tensor], shared: Sequence[nn.Parameter], own: nn.ModuleDict) -> None:
         """Find the gradients of a batch's losses; those of a branch's own weights are added to its ``grad``.
@@ -30,8 +31,9 @@ class Jacobian:
             own: Branch of each task.
         """
         rows: list[tuple[Tensor | None, ...]] = []
+        self._tasks |= set(losses)
         for name, loss in losses.items():
-            branch = list(own[name].parameters())
+            branch = _trained(own[name])
             found = torch.autograd.grad(loss, [*shared, *branch], retain_graph=len(rows) < len(losses) - 1, allow_unused=True)
             rows.append(found[: len(shared)])
             for parameter, gradient in zip(branch, found[len(shared) :]):
@@ -55,16 +57,23 @@ class Jacobian:
         """
         rows: list[Tensor] = [parameter.jac for parameter in shared]  # type: ignore[attr-defined]
         if is_available() and is_initialized() and get_world_size() > 1:
-            for parameter in own.parameters():
+            # Those of tasks that have not joined stay None, so that the optimizer leaves them alone, as in one process.
+            branches = [parameter for name in own if name in self._tasks for parameter in _trained(own[name])]
+            for parameter in branches:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            for tensor in [*rows, *(parameter.grad for parameter in own.parameters() if parameter.grad is not None)]:
+            for tensor in [*rows, *(parameter.grad for parameter in branches if parameter.grad is not None)]:
                 all_reduce(tensor, ReduceOp.SUM)
                 tensor.div_(get_world_size())
+        self._tasks.clear()
         gramian = None
         if watch:
             gramian = torch.stack([(flat := one.flatten(1).float()) @ flat.T for one in rows]).sum(dim=0)
-        with torch.random.fork_rng(devices=[]), torch.autocast(rows[0].device.type, enabled=False):
-            torch.manual_seed(seed)
+        device = rows[0].device
+        with common_seed(seed, device), torch.autocast(device.type, enabled=False):
             weights = jac_to_grad(shared, self.aggregator)
         return None if gramian is None else Agreement(gramian_cosines(gramian), weights)
+
+
+def _trained(branch: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in branch.parameters() if parameter.requires_grad]

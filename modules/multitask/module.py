@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed import ReduceOp, all_reduce
 from torchjd.aggregation import Aggregator, NashMTL
 from torchjd.scalarization import DWA, FAMO, Scalarizer, Sum
 from transformers import AutoConfig, PreTrainedModel
@@ -21,16 +20,18 @@ from transformers import AutoConfig, PreTrainedModel
 from ...errors import InputError, nearest
 from ..base import PretrainedModule, Rehearsal
 from ..pretrained import Dtype, load_config
-from .branches import Answer, Branch, TransformerBranch, build_branches, check_names
+from .branches import Answer, Branch, TransformerBranch, build_branches
+from .checks import check_combination, check_saved_branches, check_tasks
 from .combination import (
     Agreement,
     Combination,
     FanOut,
     FeatureWeighting,
-    check_combination,
     combination_name,
     combination_state,
     load_combination_state,
+    over_ranks,
+    with_own_rate,
 )
 from .jacobian import Jacobian
 from .metrics import TaskMetrics
@@ -55,6 +56,8 @@ class MultiTask(PretrainedModule):
         branch_layers: Transformer layers of a branch, where ``branches`` is None.
         combination: How the losses become one gradient: a scalarizer of ``torchjd``, ``FeatureWeighting``, or an aggregator of
             ``torchjd``; see ``combination``. None is the sum.
+        combination_rate: Learning rate of what a combination learns (UW's and IMTL-L's weights), without weight decay, under the
+            schedule of the others; 0.025 is FAMO's for such weights (arXiv 2306.03792).
         loss_weights: Factor of a task's loss before that, by task; those not named have 1.
         period: Optimizer steps after which a combination that counts in epochs (DWA) is told that one is over.
         max_new_tokens: Tokens that ``predict`` writes behind a prompt at most.
@@ -75,6 +78,7 @@ class MultiTask(PretrainedModule):
         branches: dict[str, Branch] | None = None,
         branch_layers: int = 1,
         combination: Combination | None = None,
+        combination_rate: float = 0.025,
         loss_weights: dict[str, float] | None = None,
         period: int = 50,
         max_new_tokens: int = 32,
@@ -89,6 +93,8 @@ class MultiTask(PretrainedModule):
         for name, factor in (loss_weights or {}).items():
             if factor < 0:
                 raise InputError(f"loss_weights.{name}={factor} is below 0. Legal: 0 or more.")
+        if combination_rate <= 0:
+            raise InputError(f"combination_rate={combination_rate}: the combination would learn nothing. Legal: above 0.")
         if period < 1:
             raise InputError(f"period={period}. Legal: 1 or more optimizer steps.")
         if max_new_tokens < 1:
@@ -98,6 +104,7 @@ class MultiTask(PretrainedModule):
         self.combination: Combination = combination or Sum()
         if isinstance(self.combination, FAMO):  # steps its own weights, which no optimizer of ours and no DDP should wait for
             self.combination.requires_grad_(False)
+        self.optimizer = with_own_rate(optimizer, self.combination, combination_rate)
         self.loss_weights, self.period, self.max_new_tokens = loss_weights or {}, period, max_new_tokens
         self.gradient_checkpointing = gradient_checkpointing
         self.objectives: dict[str, Objective] = {}
@@ -107,24 +114,29 @@ class MultiTask(PretrainedModule):
         self._jacobian = Jacobian(self.combination) if isinstance(self.combination, Aggregator) else None
         self._losses: dict[str, Tensor] = {}  # of the batch at work, weighted
         self._random: dict[str, Tensor] = {}  # states that a checkpoint brought
+        self._remembered: dict[str, Any] = {}  # by the combination, as a checkpoint brought it
         self._told = 0  # the step that the combination was told of last
         self._last_batch: Any = None  # of FAMO, which looks at it again
 
+    def setup(self, stage: str) -> None:
+        """Refuse tasks that the model cannot serve, and for ``fit`` a combination, before any weight is loaded."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "objectives"):
+            if self.trunk is not None and stage != "fit":
+                return
+            raise InputError("MultiTask needs data that names tasks: trainer.fit(module, MultiTaskDataModule(...)).")
+        if self.trunk is None:
+            check_tasks(data, self.source.name, self.fresh, self.given, self.loss_weights)
+        if stage == "fit":
+            check_combination(self.combination, data, self.trainer.strategy, self.trainer.precision)
+
     def configure_model(self) -> None:
         """Load the trunk, and attach a branch for each task of the data."""
-        if self.trunk is not None:
-            return
-        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-        objectives = getattr(data, "objectives", None)
-        if objectives is None:
-            if self._trainer is None:
-                return  # load_from_checkpoint brings them
-            raise InputError("MultiTask needs data that names tasks: trainer.fit(module, MultiTaskDataModule(...)).")
-        self._build(objectives, load_trunk(self.source.name, self.weights, self.fresh))
-        self._check_lengths(data)
+        if self.trunk is None and self._trainer is not None:  # load_from_checkpoint brings them
+            objectives = self.trainer.datamodule.objectives  # type: ignore[attr-defined]
+            self._build(objectives, load_trunk(self.source.name, self.weights, self.fresh))
 
     def _build(self, objectives: dict[str, Objective], trunk: Trunk) -> None:
-        check_names("loss_weights", self.loss_weights, objectives)
         if self.gradient_checkpointing:
             trunk.model.activation_checkpointing_enable({"use_reentrant": False})
         self.objectives = dict(objectives)
@@ -150,22 +162,16 @@ class MultiTask(PretrainedModule):
         """See ``PretrainedModule``."""
         return "" if self._jacobian is None else f"combination={type(self.combination).__name__} needs whole gradients"
 
-    def _check_lengths(self, data: Any) -> None:
-        assert self.trunk is not None
-        most = self.trunk.most_tokens
-        for name, task in getattr(data, "tasks", {}).items():
-            if most is not None and task.length > most:
-                raise InputError(
-                    f"tasks.{name}.length={task.length}: source={self.source.name!r} has positions for {most} tokens. Give at "
-                    "most so many."
-                )
-
     def on_fit_start(self) -> None:
-        """Refuse combinations that the batches or the strategy cannot serve."""
-        strategy = self.trainer.strategy
-        check_combination(self.combination, self.trainer.datamodule, strategy, self.trainer.precision)  # type: ignore[attr-defined]
-        if self._jacobian is not None and isinstance(strategy, DDPStrategy):  # averages the Jacobian's rows itself
-            strategy.model.require_backward_grad_sync = False  # type: ignore[union-attr]
+        """Leave DDP's averaging to the Jacobian, whose rows are averaged before they are aggregated."""
+        if self._jacobian is not None and isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy.model.require_backward_grad_sync = False  # type: ignore[union-attr]
+
+    def on_train_start(self) -> None:
+        """Give the combination back what a checkpoint remembered of it, now that the model is on its device."""
+        super().on_train_start()
+        load_combination_state(self.combination, self._remembered, self.device)
+        self._remembered = {}
 
     def _answers(self, batch: dict[str, Any], *, watch: bool = False) -> tuple[dict[str, Answer], FanOut]:
         """Return what each task's branch made of a batch, whose views each go through the trunk once."""
@@ -176,7 +182,7 @@ class MultiTask(PretrainedModule):
         places = iter(range(len(names)))
         readers = [[next(places) for _ in view["targets"]] for view in views]
         rule = self.combination if isinstance(self.combination, FeatureWeighting) else None
-        fan = FanOut(rule, watch=watch)
+        fan = FanOut(rule, watch=watch, seed=self.trainer.global_step)
         direct = isinstance(self.combination, Aggregator) or not torch.is_grad_enabled()
         copies = [[own] * len(tasks) for own, tasks in zip(features, readers)] if direct else fan.split(features, readers)
         found: dict[str, Answer] = {}
@@ -197,19 +203,8 @@ class MultiTask(PretrainedModule):
         if isinstance(self.combination, FAMO):
             self._last_batch = batch
         if isinstance(self.combination, Scalarizer):
-            return losses[0] if len(losses) == 1 else self.combination(self._over_ranks(losses))
+            return losses[0] if len(losses) == 1 else self.combination(over_ranks(losses))
         return losses.sum()
-
-    def _over_ranks(self, losses: Tensor) -> Tensor:
-        """Return losses with the values of all ranks' means and the gradients of this one's.
-
-        So every rank combines the same numbers, and gradients that are averaged afterwards are those of one process.
-        """
-        if self.trainer.world_size == 1:
-            return losses
-        mean = losses.detach().clone()
-        all_reduce(mean, ReduceOp.SUM)
-        return losses + (mean / self.trainer.world_size - losses.detach())
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Find the gradients of a loss []; for an aggregator a row of the Jacobian for each task."""
@@ -247,19 +242,30 @@ class MultiTask(PretrainedModule):
             for two in range(one + 1, len(names)):
                 self.log(f"cosine/{name}~{names[two]}", found.cosines[one, two])
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the random numbers of the run that wrote the checkpoint; loaders that begin have drawn one meanwhile."""
+        if "cpu" in self._random:
+            torch.set_rng_state(self._random["cpu"].cpu())
+        if "cuda" in self._random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._random["cuda"].cpu(), self.device)
+        self._random = {}
+        self._tell()
+
     @torch.no_grad()
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tell combinations what they have to know."""
-        if self.trainer.global_step == self._told:  # within an accumulation
+    def _tell(self) -> None:
+        """Tell combinations of the step before: here, since checkpoints are written before a module hears that it is over."""
+        step = self.trainer.global_step
+        if step in (0, self._told):  # the second is within an accumulation
             return
-        self._told = self.trainer.global_step
+        self._told = step
         if isinstance(self.combination, FAMO) and self._last_batch is not None:
-            answers, _ = self._answers(self._last_batch)
+            with self.trainer.precision_plugin.forward_context():
+                answers, _ = self._answers(self._last_batch)
             losses = [answer.loss * self.loss_weights.get(name, 1.0) for name, answer in answers.items()]
-            self.combination.requires_grad_(True).update(self._over_ranks(torch.stack(losses)))
+            self.combination.requires_grad_(True).update(over_ranks(torch.stack(losses)))
             self.combination.requires_grad_(False)
             self._last_batch = None
-        if isinstance(self.combination, DWA) and self.trainer.global_step % self.period == 0:
+        if isinstance(self.combination, DWA) and step % self.period == 0:
             self.combination.step()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -346,6 +352,7 @@ class MultiTask(PretrainedModule):
             "branches": {name: type(branch).__name__ for name, branch in self.branches.items()},
             "combination": combination_name(self.combination),
             "combination_state": combination_state(self.combination),
+            "told": self._told,
             "random": random,
         }
 
@@ -360,7 +367,7 @@ class MultiTask(PretrainedModule):
             raise InputError("This checkpoint is of no MultiTask: give the one of the run that is to go on.")
         objectives = {name: Objective(kind, tuple(classes)) for name, (kind, classes) in saved["objectives"].items()}
         if self.trunk is None:
-            self._check_branches(saved["branches"])
+            check_saved_branches(saved["branches"], self.given)
             config = AutoConfig.for_model(saved["config"]["model_type"]).from_dict(saved["config"])
             self._build(objectives, trunk_of_config(config, self.weights))
             for name in [name for name in checkpoint["state_dict"] if name.startswith("combination.")]:
@@ -379,19 +386,6 @@ class MultiTask(PretrainedModule):
             )
         if isinstance(self.combination, FAMO | NashMTL):
             log.warning("%s weighs anew: what it remembers cannot be kept in a checkpoint", type(self.combination).__name__)
-        load_combination_state(self.combination, saved["combination_state"])
-        self._random = saved["random"]
-
-    def _check_branches(self, saved: dict[str, str]) -> None:
-        for name, kind in saved.items():
-            here = type((self.given or {}).get(name, TransformerBranch(self.branch_layers))).__name__
-            if here != kind:
-                raise InputError(f"branches: {name!r} was a {kind}. Give load_from_checkpoint the branches of the run.")
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Go on with the random numbers of the run that wrote the checkpoint; loaders that begin have drawn one meanwhile."""
-        if "cpu" in self._random:
-            torch.set_rng_state(self._random["cpu"].cpu())
-        if "cuda" in self._random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(self._random["cuda"].cpu(), self.device)
-        self._random = {}
+        else:
+            self._remembered = saved["combination_state"]
+        self._told, self._random = saved.get("told", 0), saved["random"]

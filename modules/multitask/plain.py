@@ -29,7 +29,7 @@ def why_not_plain(trunk: Trunk, branch: Branch, objective: Objective) -> str | N
         objective: What it predicts.
     """
     kind = trunk.model.config.model_type
-    if not isinstance(branch, TransformerBranch):
+    if type(branch) is not TransformerBranch:  # a sub-class may compute something else
         return f"its branch is a {type(branch).__name__}"
     if not trunk.is_encoder:
         return None if objective.kind == "next_token" else "a decoder that sees both directions is no model of transformers"

@@ -11,6 +11,11 @@ from .objectives import IGNORED, Objective
 from .trunk import Trunk, View
 
 
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token id that ends a text, or None where there is none; BERT's kind has but what stands behind each text."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+
+
 @torch.no_grad()
 def readable(
     trunk: Trunk,
@@ -81,12 +86,13 @@ def _continued(
     begin = int(supervised[0]) + 1 if len(supervised) else length
     prompt = max(1, length // 2) if targets[0] != IGNORED else begin
     ids = view["input_ids"][row : row + 1, :prompt]
-    for _ in range(max_new_tokens):
+    room = max_new_tokens if trunk.most_tokens is None else min(max_new_tokens, trunk.most_tokens - prompt)
+    for _ in range(room):
         own: View = {"mask": "causal", "input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
         states = branch.states(trunk, trunk(own), own)[:, -1:]
         chosen = branch.scores(trunk, states, own)[:, -1].argmax(dim=-1, keepdim=True)
         ids = torch.cat([ids, chosen], dim=1)
-        if int(chosen) == tokenizer.eos_token_id:
+        if int(chosen) == end_token(tokenizer):
             break
     asked, written = ids[0, :prompt], ids[0, prompt:]
     return {

@@ -58,11 +58,7 @@ class Trunk(nn.Module):
     @property
     def most_tokens(self) -> int | None:
         """Length of the longest text that the model has positions for; None where it has no table of them."""
-        if not self.is_encoder:
-            return None
-        config = self.model.config
-        first = 0 if config.model_type == "bert" else config.pad_token_id + 1  # RoBERTa's kind counts behind the padding's id
-        return int(config.max_position_embeddings) - first
+        return most_tokens(self.model.config)
 
     def forward(self, view: View) -> Tensor:
         """Return the features [rows, length, hidden size] of a view.
@@ -190,6 +186,18 @@ def check_trunk(config: Any, fresh: dict[str, Any] | None = None) -> None:
     for name in fresh or {}:
         if not hasattr(config, name):
             raise InputError(f"fresh has {name!r}, which the model's config has not.{nearest(name, config.to_dict())}")
+
+
+def most_tokens(config: Any) -> int | None:
+    """Return the length of the longest text that a trunk has positions for; None where it has no table of them.
+
+    Args:
+        config: Of ``transformers``.
+    """
+    if config.model_type not in _ENCODERS:
+        return None
+    first = 0 if config.model_type == "bert" else config.pad_token_id + 1  # RoBERTa's kind counts behind the padding's id
+    return int(config.max_position_embeddings) - first
 
 
 def visible(mask: Mask, position_ids: Tensor, lengths: Tensor | None = None) -> Tensor:

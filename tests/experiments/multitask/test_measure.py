@@ -42,6 +42,18 @@ def test_words_have_a_loss_and_tasks_can_be_added(course):
     assert found["gain"] == found["gain_sst2"]
 
 
+def test_tasks_that_join_later_come_to_as_many_examples():
+    starts = {"one": 0, "two": 3, "three": 10}
+    shares = measure.even_shares(starts, 40)
+    drawn = dict.fromkeys(starts, 0.0)
+    for step in range(40):
+        there = [name for name in starts if starts[name] <= step]
+        for name in there:
+            drawn[name] += shares[name] / sum(shares[other] for other in there)
+    assert list(drawn.values()) == pytest.approx([40 / 3] * 3)
+    assert set(measure.even_shares(dict.fromkeys(starts, 0), 40).values()) == {1.0}
+
+
 def test_steps_are_timed_and_weighed(course):
     found = measure.step(combination="upgrad", rounds=1, **course)
     assert found["times_as_long"] == pytest.approx(found["seconds"] / found["sum_seconds"])

@@ -1,15 +1,17 @@
 """Gradients of several tasks, against what the definitions say."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchjd.aggregation import MeanWeighting, UPGradWeighting
+from torchjd.aggregation import MeanWeighting, RandomWeighting, UPGradWeighting
 
 from fulgurite.errors import InputError
 from fulgurite.modules.multitask import FeatureWeighting, LeastSquaresProjector
-from fulgurite.modules.multitask.combination import FanOut
+from fulgurite.modules.multitask.combination import FanOut, common_seed
 
 from .small import OBJECTIVES, branch_of, targets_of, trunk_of, view_of
 
@@ -36,9 +38,9 @@ def test_a_gramian_that_is_not_finite_leaves_the_weights_as_they_are():
     assert torch.equal(LeastSquaresProjector()(weights, torch.full((2, 2), float("inf"))), weights)
 
 
-def losses_of(trunk, branches, views, rule, watch=False):
+def losses_of(trunk, branches, views, rule, **settings):
     """The losses of branches on the features of views, and the place between them."""
-    fan = FanOut(rule, watch=watch)
+    fan = FanOut(rule, **settings)
     features = [trunk(view) for view in views]
     readers, place = [], 0
     for view in views:
@@ -137,6 +139,28 @@ def test_branches_on_one_text_share_one_pass_through_the_trunk():
     sum(losses).backward()
     assert len(losses) == 4
     assert passes == {"forward": 1, "backward": 1}
+
+
+def test_rules_that_draw_do_so_alike_on_all_ranks_and_leave_the_random_numbers_alone():
+    trunk, branches, found = tasks()
+    drawn = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        losses, fan, _ = losses_of(trunk, branches, found, FeatureWeighting(RandomWeighting()), seed=7)
+        before = torch.get_rng_state()
+        sum(losses).backward()
+        assert torch.equal(torch.get_rng_state(), before)
+        drawn.append(fan.agreement.weights)
+    assert torch.equal(*drawn)
+
+
+def test_a_common_seed_leaves_the_random_numbers_of_the_accelerator_alone(monkeypatch):
+    forked = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(devices) or nullcontext())
+    for name in ("cuda:1", "cpu"):
+        with common_seed(0, torch.device(name)):
+            pass
+    assert forked == [[torch.device("cuda:1")], []]
 
 
 def test_unknown_places_are_refused():

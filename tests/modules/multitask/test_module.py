@@ -1,76 +1,21 @@
-"""The whole system: combinations, checkpoints, predictions, export, and what is refused."""
+"""The whole system: combinations, predictions, export, schedules."""
 
-import csv
 import json
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torchjd.aggregation import PCGrad, UPGrad
-from torchjd.scalarization import DWA, FAMO, UW, Mean
+from lightning.pytorch import Trainer
+from torchjd.scalarization import FAMO, UW, Mean
 from transformers import AutoModelForCausalLM
 
 from fulgurite.callbacks import ExportBranches, TaskSchedule, TextWriter, TokenRate
-from fulgurite.datamodules import ClassificationTask, MultiTaskDataModule, TextTask
-from fulgurite.datamodules.multitask import TableRows
-from fulgurite.errors import InputError
 from fulgurite.experiments.cli import run
-from fulgurite.modules import FeatureWeighting, MultiTask, TransformerBranch
-from fulgurite.modules.multitask import LeastSquaresProjector
+from fulgurite.modules import MultiTask, TransformerBranch
 from fulgurite.modules.multitask.trunk import load_trunk
+from fulgurite.modules.optimizers import MuonAdamW
 
-QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-NAMES = ["text/next_words", "text/masked_words", "text/distance", "text/order", "parity"]
-
-
-@pytest.fixture
-def table(tmp_path):
-    with open(tmp_path / "parity.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        writer.writerows([f"number {place} is {('even', 'odd')[place % 2]}", ("yes", "no")[place % 2]] for place in range(60))
-    return str(tmp_path / "parity.csv")
-
-
-@pytest.fixture
-def data(table, long_documents):
-    def make(**settings):
-        tasks = {
-            "text": TextTask(long_documents, length=48, val_rows=8, val_fraction=0.2),
-            "parity": ClassificationTask(TableRows(table), length=32),
-        }
-        return MultiTaskDataModule(tasks, **{"batch_size": 6, "seed": 0, **settings})
-
-    return make
-
-
-def model(combination=None, rate=1e-3, **settings):
-    seed_everything(0)
-    return MultiTask(
-        "random:tiny", combination=combination, optimizer=lambda parameters: torch.optim.AdamW(parameters, rate), **settings
-    )
-
-
-def fit(module, data, steps=4, **settings):
-    callbacks = settings.pop("callbacks", [])
-    path = settings.pop("ckpt_path", None)
-    defaults = {"enable_checkpointing": False, "val_check_interval": 2, "limit_val_batches": 6}
-    trainer = Trainer(max_steps=steps, callbacks=callbacks, **{**QUIET, **defaults, **settings})
-    trainer.fit(module, data, ckpt_path=path, weights_only=True if path else None)
-    return trainer
-
-
-COMBINATIONS = {
-    "sum": lambda: None,
-    "mean": Mean,
-    "uncertainty": lambda: UW(5),
-    "dwa": DWA,
-    "famo": lambda: FAMO(5),
-    "features": FeatureWeighting,
-    "upgrad": lambda: UPGrad(projector=LeastSquaresProjector()),
-    "pcgrad": PCGrad,
-}
+from .system import COMBINATIONS, NAMES, QUIET, fit, model
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -99,74 +44,53 @@ def test_tasks_are_learnt(data):
     assert found["val_perplexity/text/next_words"] < 20  # of 259 bytes
 
 
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.5), MuonAdamW])
+def test_what_a_combination_learns_has_a_rate_of_its_own_and_no_decay(data, optimizer):
+    module = MultiTask("random:tiny", combination=UW(5), combination_rate=0.05, optimizer=optimizer)
+    trainer = fit(module, data(), 4)
+    *others, own = trainer.optimizers[0].param_groups
+    assert own["params"] == [module.combination.log_var]
+    assert (own["lr"], own["weight_decay"]) == (0.05, 0.0)
+    assert all(one is not module.combination.log_var for group in others for one in group["params"])
+    assert sum(len(group["params"]) for group in others) == sum(1 for _ in module.parameters()) - 1
+    assert module.combination.log_var.abs().max() > 0.15  # AdamW goes by its rate a step where losses are far from 1
+
+
+def test_a_combination_that_learns_nothing_changes_no_optimizer(data):
+    for combination in (None, FAMO(5)):
+        assert len(fit(model(combination), data(), 1).optimizers[0].param_groups) == 1
+
+
+def test_losses_behind_a_step_are_found_as_those_before_it(data, monkeypatch):
+    """A step that changes nothing leaves FAMO's losses as they were, in the precision of training."""
+    pairs = []
+    monkeypatch.setattr(FAMO, "update", lambda self, after: pairs.append((self._prev_losses, after)))
+    module = model(FAMO(5), rate=0.0, branches={name: TransformerBranch(1, dropout=0.0) for name in NAMES})
+    fit(module, data(), 3, precision="bf16-mixed", accumulate_grad_batches=2)
+    assert len(pairs) == 2
+    for before, after in pairs:
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+class HalfFrozen(TransformerBranch):
+    """A branch of which a part is not trained."""
+
+    def attach(self, trunk, objective):
+        super().attach(trunk, objective)
+        self.layers.requires_grad_(False)
+
+
+def test_what_a_branch_freezes_stays_as_it_is_under_an_aggregator(data):
+    branches = {name: HalfFrozen() if name == "parity" else TransformerBranch() for name in NAMES}
+    module = model(COMBINATIONS["upgrad"](), branches=branches)
+    fit(module, data(), 2)
+    assert all(parameter.grad is None for parameter in module.branches["parity"].layers.parameters())
+    assert module.branches["parity"].head.weight.grad is not None or module.trainer.global_step == 2
+
+
 def test_batches_of_one_task_train_too(data):
     trainer = fit(model(Mean()), data(batches="task"), 6)
     assert trainer.callback_metrics["val_loss/parity"].isfinite()
-
-
-@pytest.mark.parametrize("name", ["dwa", "features", "upgrad"])
-def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(data, tmp_path, name):
-    whole = model(COMBINATIONS[name](), period=2)
-    fit(whole, data(), 8)
-    first, keep = model(COMBINATIONS[name](), period=2), ModelCheckpoint(tmp_path, filename="five", every_n_train_steps=5)
-    fit(first, data(), 5, callbacks=[keep], enable_checkpointing=True)
-    second = model(COMBINATIONS[name](), period=2)
-    fit(second, data(), 8, ckpt_path=tmp_path / "five.ckpt")
-    for key, tensor in whole.state_dict().items():
-        torch.testing.assert_close(tensor, second.state_dict()[key], msg=key)
-    loaded = MultiTask.load_from_checkpoint(tmp_path / "five.ckpt")
-    assert loaded.objectives == first.objectives
-    assert all(
-        torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in first.state_dict().items() if "metrics" not in key
-    )
-
-
-def test_a_checkpoint_of_other_tasks_is_refused(data, table, tmp_path):
-    fit(model(), data(), 1).save_checkpoint(tmp_path / "one.ckpt")
-    other = MultiTaskDataModule({"parity": ClassificationTask(TableRows(table))}, batch_size=6)
-    with pytest.raises(InputError, match="The checkpoint is of other tasks: text/next_words"):
-        fit(model(), other, 2, ckpt_path=tmp_path / "one.ckpt")
-
-
-def test_another_combination_cannot_go_on(data, tmp_path):
-    fit(model(DWA(temperature=3.0)), data(), 1).save_checkpoint(tmp_path / "one.ckpt")
-    for other in (DWA(), FeatureWeighting()):
-        with pytest.raises(InputError, match=r"combination=.*, but the run that wrote the checkpoint had DWA\(temperature=3.0\)"):
-            fit(model(other), data(), 2, ckpt_path=tmp_path / "one.ckpt")
-
-
-@pytest.mark.parametrize("settings", [{"batch_size": 7}, {"temperature": 1.0}, {"shares": {"text": 1.0, "parity": 2.0}}])
-def test_another_order_of_examples_cannot_go_on(data, tmp_path, settings):
-    trainer = Trainer(max_steps=1, enable_checkpointing=False, limit_val_batches=0, **QUIET)
-    trainer.fit(model(), data())
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(InputError, match="The checkpoint's data order cannot be continued"):
-        fit(model(), data(**settings), 2, ckpt_path=tmp_path / "one.ckpt")
-
-
-class Deaf(TransformerBranch):
-    """A branch of the user's own."""
-
-
-def test_a_checkpoint_is_loaded_without_its_combination_but_with_its_branches(data, tmp_path):
-    branches = {name: (Deaf if name == "parity" else TransformerBranch)() for name in NAMES}
-    module = model(UW(5), branches=branches)
-    fit(module, data(), 2).save_checkpoint(tmp_path / "two.ckpt")
-    with pytest.raises(InputError, match="branches: 'parity' was a Deaf. Give load_from_checkpoint the branches of the run"):
-        MultiTask.load_from_checkpoint(tmp_path / "two.ckpt")
-    fresh = {name: type(branch)() for name, branch in branches.items()}
-    loaded = MultiTask.load_from_checkpoint(tmp_path / "two.ckpt", branches=fresh)
-    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-
-
-def test_texts_longer_than_an_encoders_positions_are_refused(data):
-    module = model()
-    module.trunk = load_trunk("random:tiny", "float32")
-    module._check_lengths(data())
-    module.trunk.is_encoder, module.trunk.model.config.model_type = True, "bert"
-    module.trunk.model.config.max_position_embeddings = 40
-    with pytest.raises(InputError, match="tasks.text.length=48: source='random:tiny' has positions for 40 tokens"):
-        module._check_lengths(data())
 
 
 def test_predictions_are_readable(data, tmp_path):
@@ -215,45 +139,11 @@ def test_tasks_join_as_scheduled(data):
     assert seen[:4] == [{"parity"}] * 4
     assert all(one == set(NAMES) for one in seen[4:])
     assert len(seen) == 12
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"branches": {"parity": TransformerBranch()}}, "branches has none for task 'text/next_words'"),
-        ({"branches": {"other": TransformerBranch()}}, "branches has 'other', which is no task of the data"),
-        ({"loss_weights": {"parities": 1.0}}, "loss_weights has 'parities', which is no task of the data"),
-        ({"loss_weights": {"parity": -1.0}}, "loss_weights.parity=-1.0 is below 0"),
-        ({"branch_layers": -1}, "branch.layers=-1 is below 0"),
-        ({"period": 0}, "period=0. Legal: 1 or more"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0 writes nothing"),
-        ({"fresh": {"hidden_sizes": 4}}, "fresh has 'hidden_sizes', which the model's config has not"),
-    ],
-)
-def test_bad_settings_are_refused(data, settings, message):
-    with pytest.raises(InputError) as caught:
-        fit(model(**settings), data(), 1)
-    assert message in str(caught.value)
-
-
-def test_combinations_that_compare_need_all_tasks(data):
-    with pytest.raises(InputError, match="combination=UPGrad compares tasks, but data.batches='task' brings one at a time"):
-        fit(model(UPGrad(projector=LeastSquaresProjector())), data(batches="task"), 1)
-    with pytest.raises(InputError, match="combination=UW needs all tasks from the start, but TaskSchedule adds some later"):
-        fit(model(UW(5)), data(), 1, callbacks=[TaskSchedule({"text": 1})])
-
-
-@pytest.mark.parametrize(
-    ("starts", "message"),
-    [
-        ({"tekst": 1}, "starts has 'tekst', which is no task of the data"),
-        ({"text": 1, "parity": 2}, "no task is there from the start"),
-        ({"text": -1}, "starts.text=-1 is below 0"),
-    ],
-)
-def test_bad_schedules_are_refused(data, starts, message):
-    with pytest.raises(InputError, match=message):
-        fit(model(), data(), 1, callbacks=[TaskSchedule(starts)])
+    assert made.schedule == {}  # for another Trainer
+    del seen[:]
+    fit(model(), made, 6, callbacks=[Look({"text": 4})], max_epochs=2, limit_train_batches=0.05, val_check_interval=1.0)
+    assert seen == [{"parity"}] * 4 + [set(NAMES)] * (len(seen) - 4)
+    assert len(seen) == 6 > made.trainer.num_training_batches
 
 
 def test_a_task_is_added_by_yaml_and_a_file_alone(table, long_documents, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fulgurite.errors import InputError
+from fulgurite.modules import TransformerBranch
 from fulgurite.modules.multitask.plain import plain_model, why_not_plain
 from fulgurite.modules.multitask.trunk import trunk_of_config
 
@@ -62,3 +63,17 @@ def test_what_transformers_has_not_is_refused(kind, name, reason):
     assert why_not_plain(trunk, branch, objective) == reason
     with pytest.raises(InputError, match="cannot be exported to transformers"):
         plain_model(trunk, branch, objective)
+
+
+class Another(TransformerBranch):
+    """A branch of the user's own, whose numbers no model of transformers has."""
+
+    def states(self, trunk, features, view):
+        return -super().states(trunk, features, view)
+
+
+def test_branches_of_the_users_own_are_not_exported():
+    trunk, objective = trunk_of("bert"), OBJECTIVES["text"]
+    branch = Another()
+    branch.attach(trunk, objective)
+    assert why_not_plain(trunk, branch, objective) == "its branch is a Another"

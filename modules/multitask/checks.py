@@ -1,0 +1,121 @@
+"""What a multi-task training refuses before any weight is loaded."""
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torchjd import Stateful
+from torchjd.aggregation import Aggregator
+from torchjd.scalarization import Mean, Scalarizer, Sum
+
+from ...errors import InputError, nearest
+from ..pretrained import load_config
+from .branches import Branch, TransformerBranch
+from .combination import Combination, FeatureWeighting, common_seed
+from .trunk import most_tokens
+
+
+def check_tasks(
+    data: Any,
+    source: str,
+    fresh: dict[str, Any] | None,
+    branches: dict[str, Branch] | None,
+    loss_weights: dict[str, float],
+) -> None:
+    """Raise an InputError for tasks that do not go with what is given by task, or with the trunk's positions.
+
+    Args:
+        data: A ``MultiTaskDataModule``, set up.
+        source: Where the trunk comes from.
+        fresh: Fields of its config to change.
+        branches: Branch by task; None leaves them to the model.
+        loss_weights: Factor of a task's loss, by task.
+    """
+    for parameter, named in (("branches", branches or {}), ("loss_weights", loss_weights)):
+        for name in named:
+            if name not in data.objectives:
+                raise InputError(f"{parameter} has {name!r}, which is no task of the data.{nearest(name, data.objectives)}")
+    missing = [name for name in data.objectives if branches is not None and name not in branches]
+    if missing:
+        raise InputError(
+            f"branches has none for task {missing[0]!r}. Give one for each task of the data ({', '.join(data.objectives)}), or "
+            "leave branches out."
+        )
+    config = load_config(source)
+    config.update(fresh or {})
+    most = most_tokens(config)
+    for name, task in data.tasks.items():
+        if most is not None and task.length > most:
+            raise InputError(
+                f"tasks.{name}.length={task.length}: source={source!r} has positions for {most} tokens. Give at most so many."
+            )
+
+
+def check_saved_branches(saved: dict[str, str], given: dict[str, Branch] | None) -> None:
+    """Raise an InputError if a checkpoint has branches of other kinds than the model that is to take it.
+
+    Args:
+        saved: Class of each task's branch in the checkpoint.
+        given: Branch by task, for all of them; None makes ``TransformerBranch`` of each.
+    """
+    for name, kind in saved.items():
+        here = TransformerBranch if given is None else type(given.get(name))
+        if here.__name__ != kind:
+            raise InputError(f"branches: {name!r} was a {kind}. Give load_from_checkpoint the branches of the run.")
+
+
+def check_combination(combination: Combination, data: Any, strategy: Strategy, precision: str) -> None:
+    """Raise an InputError for a combination that the tasks, the batches, the strategy or the precision cannot serve.
+
+    Args:
+        combination: How losses are combined.
+        data: A ``MultiTaskDataModule``, set up.
+        strategy: Of the Trainer.
+        precision: Of the Trainer.
+    """
+    name, jacobian = type(combination).__name__, isinstance(combination, Aggregator)
+    needs_all = not isinstance(combination, Sum | Mean)
+    if needs_all and not data.mixed:
+        raise InputError(
+            f"combination={name} compares tasks, but data.batches='task' brings one at a time. Legal: data.batches=mixed, or "
+            "combination Sum or Mean."
+        )
+    if needs_all and data.schedule and not isinstance(combination, FeatureWeighting | Aggregator):
+        raise InputError(f"combination={name} needs all tasks from the start, but TaskSchedule adds some later. Leave one out.")
+    waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
+    if (data.schedule or not data.mixed) and waits and not jacobian:
+        what = "TaskSchedule" if data.schedule else "data.batches='task'"
+        raise InputError(
+            f"{what} leaves branches without a gradient, for which DDP would wait. Use trainer.strategy: "
+            "ddp_find_unused_parameters_true."
+        )
+    if jacobian and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise InputError(f"combination={name} needs whole gradients. Legal strategies: one device, ddp.")
+    if jacobian and precision not in ("32-true", "bf16-mixed"):
+        raise InputError(
+            f"precision={precision}: combination={name} needs gradients in float32 that nothing scales. Legal: 32-true, "
+            "bf16-mixed."
+        )
+    _check_number(combination, data)
+
+
+def _check_number(combination: Combination, data: Any) -> None:
+    """Refuse a combination that is for another number of branches; only a trial of a copy can tell."""
+    trial: Any = copy.deepcopy(combination.weighting if isinstance(combination, FeatureWeighting) else combination)
+    if isinstance(trial, Stateful):
+        trial.reset()
+    trial.cpu()
+    for step in sorted({0, *data.schedule.values()}):
+        there = [task for name, task in data.tasks.items() if data.schedule.get(name, 0) <= step]
+        count = sum(len(task.objectives) for task in there)
+        if count == 1 and isinstance(combination, FeatureWeighting):
+            continue  # which leaves one as it is
+        try:
+            with torch.no_grad(), common_seed(0, torch.device("cpu")):
+                trial(torch.ones(count) if isinstance(combination, Scalarizer) else torch.eye(count))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"combination={type(combination).__name__} cannot combine {count} branches, which are there at step {step} (one "
+                f"for each task, of a text task for each aim): {error} Give it that number, or another combination."
+            ) from error
