@@ -17,6 +17,7 @@ import torch
 from ...callbacks.soft_label_writer import to_sequences
 from ...datamodules import SoftLabelDataModule, TextDataModule
 from ...datamodules.soft_labels import SoftLabelAppender, StoreHeader
+from ...errors import InputError
 from ...modules import SoftLabelDistillation, SoftLabelTeacher
 from ...modules.distillation import LabelSettings
 from ...modules.linear_loss import linear_loss
@@ -198,4 +199,8 @@ def memory(
         linear_loss(states[:8], weight[:64], labels[:8] % 64).loss.backward()
         one = max(extra_memory(ours) for _ in range(rounds))
         other = max(extra_memory(full) for _ in range(rounds))
+    if not other:
+        raise InputError(
+            f"tokens={tokens} of vocabulary={vocabulary} take no new memory that could be compared; take more of them."
+        )
     return {"extra_mib": one / 2**20, "full_logits_mib": other / 2**20, "share": one / other}
