@@ -111,7 +111,9 @@ class Grid:
             table.add_row(f"{kind}{job.name}", state, "" if seconds is None else _duration(seconds), source)
         console.print(table)
         total, unknown = self.estimate(self.to_do(), workers)
-        console.print(f"{len(waiting)} jobs are left; they will take {_duration(total)} with {workers} worker(s).")
+        which = "those of known time" if unknown else "they"
+        takes = f"; {which} will take {_duration(total)} with {workers} worker(s)" if unknown < len(waiting) else ""
+        console.print(f"{len(waiting)} jobs are left{takes}.")
         if unknown:
             console.print(
                 f"For {unknown} of them no time is known: run one with --only first, and ask again. Times come from "
