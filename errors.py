@@ -1,6 +1,7 @@
 """The errors that the command line prints without a traceback."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -22,3 +23,8 @@ def nearest(name: str, legal: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, single, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"{hint} Legal: {', '.join(names)}."
+
+
+def exit_code(error: SystemExit) -> int | str | None:
+    """Return the code to end with: Lightning's exception for SIGTERM has none, which would say that all went well."""
+    return 128 + signal.SIGTERM if error.code is None and type(error) is not SystemExit else error.code

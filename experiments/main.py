@@ -6,7 +6,7 @@ import os
 import sys
 
 from .. import __version__
-from ..errors import InputError, RankLost, nearest
+from ..errors import InputError, RankLost, exit_code, nearest
 
 # command: (module of this package with ``main(arguments)``, what it does)
 COMMANDS = {
@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"fulgurite {words[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as error:
+        sys.exit(exit_code(error))
     except RankLost as error:
         print(f"fulgurite {words[0]}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # a process group with a lost rank may not end by itself

@@ -21,7 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ...datamodules.base import data_hashes
-from ...errors import InputError
+from ...errors import InputError, exit_code
 from ...files import write_json
 from ...modules.pretrained import model_fingerprint
 from ..cli import quiet, run
@@ -220,6 +220,8 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)
+    except SystemExit as error:
+        sys.exit(exit_code(error))
     if job["run"]["variant"] is not None:
         check_result(record, job["target"])
     write_json(Path(job["target"]), record)

@@ -264,6 +264,8 @@ class Grid:
             progress.console.print(f"{job.name}: {_duration(seconds)}", highlight=False)
             return
         code = entry.process.returncode
+        if code == 128 + signal.SIGTERM:
+            code = -signal.SIGTERM
         error = f"killed by signal {-code}" if code < 0 else _error(entry.log) or f"exit code {code}"
         failed[job.name] = f"{error} ({entry.log})"
         write_json(entry.log.parent / "failed.json", {"job": job.name, "exit_code": entry.process.returncode, "error": error})

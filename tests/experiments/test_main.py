@@ -3,6 +3,7 @@ import sys
 import time
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fulgurite import __version__
 from fulgurite.errors import InputError
@@ -35,6 +36,16 @@ def test_unknown_command_names_the_nearest(capsys):
         main(["tarin"])
     assert caught.value.code == 2
     assert "'tarin' is no command. Legal: fit, validate" in capsys.readouterr().err
+
+
+def test_stopped_by_a_signal_it_does_not_say_that_all_went_well(monkeypatch):
+    def stopped(words):
+        raise SIGTERMException
+
+    monkeypatch.setattr("fulgurite.experiments.main._dispatch", stopped)
+    with pytest.raises(SystemExit) as caught:
+        main(["fit"])
+    assert caught.value.code == 143
 
 
 def test_every_packaged_config_has_a_comment_line():

@@ -133,7 +133,8 @@ def test_dry_run_tells_what_is_left_and_how_long_it_takes(bench, text_file, caps
     main(["benchmark", "method", f"--data={text_file.parent}", "--dry_run", "true"])
     text = capsys.readouterr().out
     assert "stale" in text
-    assert "4 jobs are left; those of known time will take 1 min 00 s" in text  # three cells of 20 seconds, and a product of unknown time
+    # Three cells of 20 seconds, and a product of unknown time.
+    assert "4 jobs are left; those of known time will take 1 min 00 s" in text
     assert "For 1 of them no time is known" in text
     assert not (text_file.parent / "runs").exists()
 

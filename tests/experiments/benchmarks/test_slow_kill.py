@@ -1,4 +1,3 @@
-import json
 import os
 import random
 import signal
@@ -55,6 +54,22 @@ def test_interrupted_by_the_keyboard_it_leaves_no_half_result(bench, text_file, 
     assert not _cells_alive(tmp_path)
 
 
+@pytest.mark.slow
+def test_a_cell_that_is_told_to_stop_has_failed(bench, text_file, tmp_path):
+    plan = bench(lambda spec: spec["variants"].pop("slow"))
+    words = [sys.executable, "-c", RUN, str(tmp_path / "experiments"), "benchmark", "method", f"--data={text_file.parent}"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    logs = tmp_path / "runs/benchmark/method/cpu/products"
+    while process.poll() is None and not any("Epoch" in log.read_text("utf-8", "replace") for log in logs.glob("*/log.txt")):
+        time.sleep(0.02)
+    (pid,) = _cells_alive(tmp_path)
+    os.kill(pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "killed by signal 15" in error
+    assert not plan.results.exists()
+
+
 def _cells_alive(folder):
     alive = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -64,5 +79,5 @@ def _cells_alive(folder):
         except OSError:
             continue
         if "benchmarks.cell" in command and str(folder) in command:
-            alive.append(json.dumps(command))
+            alive.append(int(pid))
     return alive
