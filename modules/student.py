@@ -81,6 +81,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise InputError(f"{type(model).__name__} keeps its {count} layers in no ModuleList: keep_layers cannot be used on it.")
 
 
+def shared_parts(model: PreTrainedModel, layers: int) -> list[nn.Module]:
+    """Return what an emulator has in common with its model: embedding, last norm, head and the first layers."""
+    base: Any = model.base_model
+    return [model.get_input_embeddings(), base.norm, model.get_output_embeddings(), *decoder_layers(model)[:layers]]
+
+
 @contextmanager
 def layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect what stands behind each layer, [batch, length, hidden size], while a model reads."""

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..student import decoder_layers
+from ..student import decoder_layers, shared_parts
 from .layout import READS_RESIDUAL, WRITES_RESIDUAL, embedding_scale, fold_gains, gain, is_norm, linear_of, set_gain
 from .operators import Dense, Operator, Selection, matrix_of
 from .shape import FusionShape
@@ -268,8 +268,9 @@ def fuse(
         set_gain(base.norm, gain(base.norm) / scale)  # type: ignore[arg-type]
     base.embed_tokens = FusedTable(original.embed_tokens, residual, scale)  # type: ignore[arg-type]
     small.lm_head = FusedTable(large.get_output_embeddings(), residual, scale)  # type: ignore[arg-type]
-    for kept in list(decoder_layers(small))[: shape.kept_layers]:
-        kept.requires_grad_(False)
+    if shape.kept_layers:
+        for kept in shared_parts(small, shape.kept_layers):
+            kept.requires_grad_(False)
     for unused in set(range(len(sources))) - used:
         operators.layers[unused].requires_grad_(False)
     small.operators = operators

@@ -26,7 +26,7 @@ from ..language_model import Batch, GenerationSettings
 from ..linear_loss import LossParts, shift_labels
 from ..optimizers import MuonAdamW
 from ..pretrained import Dtype, load_config, load_model
-from ..student import decoder_layers, layer_outputs
+from ..student import decoder_layers, layer_outputs, shared_parts
 from .fused import materialise
 from .reading import readable, text_loss
 from .shape import FusionShape
@@ -207,10 +207,9 @@ class FusionCompression(SoftLabelDistillation):
         self.model = model.train()
 
     def _keep_layers(self, model: PreTrainedModel) -> None:
-        """Give the layers that stay, and the embedding, the source's own numbers to the bit, and freeze them."""
+        """Give what stays (first layers, embedding, last norm, head) the source's own numbers to the bit, and freeze it."""
         source = load_model(self.source.name, self.weights)  # the large model's gains may have been folded
-        embeddings = (model.get_input_embeddings(), source.get_input_embeddings())
-        for own, original in (embeddings, *zip(decoder_layers(model)[: self.shape.kept_layers], decoder_layers(source))):
+        for own, original in zip(shared_parts(model, self.shape.kept_layers), shared_parts(source, self.shape.kept_layers)):
             own.load_state_dict(original.state_dict())
             own.requires_grad_(False)
 

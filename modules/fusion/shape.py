@@ -27,8 +27,8 @@ class FusionShape:
         num_key_value_heads: Key/value heads.
         parameters: Instead of the sizes: the most parameters that the small model may have, embeddings included. Layers and
             neurons are then cut by the same share, as far as the sizes that are given leave them free.
-        kept_layers: First layers that stay as they are in the large model, and the embedding with them: what an emulator for
-            offsite tuning needs. Only layers behind them may be left out then.
+        kept_layers: First layers that stay as they are in the large model, and embedding, last norm and head with them: what an
+            emulator for offsite tuning needs. Only layers behind them may be left out then.
     """
 
     num_hidden_layers: int | None = None

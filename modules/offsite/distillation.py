@@ -16,7 +16,7 @@ from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch
 from ..linear_loss import LossParts, shift_labels
 from ..pretrained import Dtype, load_config, load_model, load_tokenizer, model_fingerprint
-from ..student import decoder_layers, keep_layers, layer_outputs
+from ..student import decoder_layers, keep_layers, layer_outputs, shared_parts
 from ..tokens import tokenizer_fingerprint
 from .emulator import EmulatorManifest, EmulatorSpec, digest_of, fused_layers
 
@@ -119,17 +119,16 @@ class EmulatorDistillation(SoftLabelDistillation):
         """Return a fused model, after it was compared with the owner's where the two have to be the same."""
         fused = load_model(folder, self.weights, attn_implementation=self.attn_implementation)
         self.stands_for = fused_layers(folder)
-        ours, theirs = decoder_layers(fused), decoder_layers(model)
-        pairs = [(fused.get_input_embeddings(), model.get_input_embeddings()), *zip(ours[: self.emulator.identical], theirs)]
-        same = len(ours) > self.emulator.identical and all(
+        pairs = zip(shared_parts(fused, self.emulator.identical), shared_parts(model, self.emulator.identical))
+        same = len(decoder_layers(fused)) > self.emulator.identical and all(
             one.state_dict().keys() == other.state_dict().keys()
             and all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
             for one, other in pairs
         )
         if not same or tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer_fingerprint(self.tokenizer):
             raise InputError(
-                f"emulator.fused={folder!r}: its tokenizer, embedding or first {self.emulator.identical} layers are not those of "
-                f"source={self.source.name!r}. Fuse it with shape.kept_layers={self.emulator.identical}, "
+                f"emulator.fused={folder!r}: its tokenizer, embedding, head, last norm or first {self.emulator.identical} layers are "
+                f"not those of source={self.source.name!r}. Fuse it with shape.kept_layers={self.emulator.identical}, "
                 "and export it in the type of the model's weights (ExportPretrained's dtype)."
             )
         return fused
