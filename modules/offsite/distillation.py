@@ -127,8 +127,8 @@ class EmulatorDistillation(SoftLabelDistillation):
         )
         if not same or tokenizer_fingerprint(load_tokenizer(folder)) != tokenizer_fingerprint(self.tokenizer):
             raise InputError(
-                f"emulator.fused={folder!r}: its tokenizer, embedding, head, last norm or first {self.emulator.identical} layers are "
-                f"not those of source={self.source.name!r}. Fuse it with shape.kept_layers={self.emulator.identical}, "
+                f"emulator.fused={folder!r}: its tokenizer, embedding, head, last norm or first {self.emulator.identical} "
+                f"layers are not those of source={self.source.name!r}. Fuse it with shape.kept_layers={self.emulator.identical}, "
                 "and export it in the type of the model's weights (ExportPretrained's dtype)."
             )
         return fused
