@@ -31,6 +31,7 @@ from .environment import environment
 from .main import COMMANDS
 from .parsing import BriefErrors
 from .runs import DEFAULTS, flag_values, holds_run, new_run_name, resolve_last
+from .trainer import AutoPrecisionTrainer
 
 # A resumed run may differ in these: they change how the same numbers are computed, or what is done with them.
 _FREE_TO_CHANGE = {"compile", "gradient_checkpointing", "loss_chunk_tokens", "attn_implementation", "generation"}
@@ -262,6 +263,7 @@ def run(words: list[str], *, callbacks: list[Callback] | None = None) -> Fulguri
     return FulguriteCLI(
         parser_class=_Parser,
         parser_kwargs={"prog": "fulgurite"},
+        trainer_class=AutoPrecisionTrainer,
         save_config_callback=RunRecord,
         save_config_kwargs={"command": words},
         trainer_defaults={"callbacks": callbacks or []},
@@ -295,6 +297,7 @@ def parse(words: list[str]) -> Namespace:
             cli = _ParsedOnly(
                 parser_class=_Parser,
                 parser_kwargs={"prog": "fulgurite"},
+                trainer_class=AutoPrecisionTrainer,
                 save_config_callback=None,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,

@@ -20,6 +20,7 @@ from ..datamodules.soft_labels import SoftLabelStore
 from ..errors import InputError
 from ..files import write_json
 from ..modules.language_model import GenerationSettings
+from ..modules.precision import frozen_dtype
 from ..modules.pretrained import load_model, load_tokenizer
 from .cli import quiet, run
 from .distillation.compare import Comparison, compare
@@ -147,7 +148,7 @@ def _train(root: Path, name: str, weight: float, source: str, layers: int, store
 
 
 def _sample(source: str) -> tuple[str, int]:
-    model, tokenizer = load_model(source, "bfloat16"), load_tokenizer(source)
+    model, tokenizer = load_model(source, frozen_dtype("auto")), load_tokenizer(source)
     text = continue_text(model, tokenizer, PROMPT, GenerationSettings(max_new_tokens=40))
     return text, sum(parameter.numel() for parameter in model.parameters())
 

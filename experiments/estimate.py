@@ -25,7 +25,9 @@ from ..datamodules.base import TokenDataModule
 from ..errors import InputError, nearest
 from ..modules.base import PretrainedModule, Rehearsal
 from ..modules.linear_loss import default_chunk, linear_loss
-from ..modules.pretrained import compute_device, load_config
+from ..modules.precision import compute_device
+from ..modules.pretrained import load_config
+from .trainer import chosen_precision
 
 _PROBED_OPERATIONS = {"cpu": 2 * 10**11, "cuda": 2 * 10**13}  # some seconds, or less
 console = Console(width=None if sys.stdout.isatty() else 130)
@@ -250,7 +252,7 @@ def plan_of(trainer: Any, data: Any) -> Plan:
     return Plan(
         rows=data.batch_size,
         length=data.longest_sequence,
-        precision=str(trainer.get("precision") or "32-true"),
+        precision=str(chosen_precision(trainer.get("precision"), trainer.get("accelerator")) or "32-true"),
         devices=count * int(trainer.get("num_nodes") or 1),
         sharded=sharded,
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),

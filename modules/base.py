@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from .pretrained import Dtype, load_tokenizer, resolve_source
+from .precision import Dtype
+from .pretrained import load_tokenizer, resolve_source
 from .schedules import WarmupCosine
 
 

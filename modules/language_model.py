@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..errors import InputError
 from .base import PretrainedModule, Rehearsal
 from .linear_loss import LossParts, linear_loss, shift_labels
-from .pretrained import Dtype, head_weight, load_config, load_model
+from .precision import Dtype
+from .pretrained import head_weight, load_config, load_model
 from .span_attention import NOTICE, adopt_plan, plan_of
 from .student import LayerChoice, StudentSpec, build_student
 from .tokens import token_byte_lengths
@@ -73,7 +74,7 @@ class LanguageModel(PretrainedModule):
         student: Train a smaller student made of this model instead of the model itself.
         optimizer: Optimizer, given its parameters.
         lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
-        weights: Type of the weights in memory; train ``float32`` with ``trainer.precision: bf16-mixed``.
+        weights: Type of the weights in memory; train ``float32`` with ``trainer.precision: auto``.
         gradient_checkpointing: Compute activations again in the backward pass, which saves memory for time.
         compile: Compile the transformer with ``torch.compile``.
         attn_implementation: Attention function of ``transformers`` (``sdpa``, ``eager``, ``flash_attention_2``).

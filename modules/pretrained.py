@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -33,12 +33,12 @@ from transformers import (
 
 from ..errors import InputError, nearest
 from ..files import atomic_folder, cache_folder
+from .precision import Dtype
 from .tiny import tiny_model, tiny_tokenizer
 
 log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class SourceError(InputError):
@@ -337,8 +337,3 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
             "losses computed from hidden states would be wrong, so this model is not supported."
         )
     return head.weight
-
-
-def compute_device() -> str:
-    """Return ``cuda`` where there is a GPU, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import nearest
 from ...files import digest
-from ...modules.pretrained import Dtype, load_config, load_model, load_tokenizer, resolve_source
+from ...modules.precision import FrozenDtype, frozen_dtype
+from ...modules.pretrained import load_config, load_model, load_tokenizer, resolve_source
 from ...modules.tokens import tokenizer_fingerprint
 from ..base import TokenDataModule
 from ..documents import DataError, check_documents, read_documents
@@ -91,7 +92,7 @@ class SelfGeneratedCalibration(TokenDataModule):
         max_perplexity: float | None = None,
         chat: bool | None = None,
         answer_batch_size: int = 4,
-        answer_weights: Dtype = "bfloat16",
+        answer_weights: FrozenDtype = "auto",
         show: int = 2,
         batch_size: int = 1,
         tokenizer: str | None = None,
@@ -156,7 +157,7 @@ class SelfGeneratedCalibration(TokenDataModule):
         self.answer_settings = AnswerSettings(
             answer_tokens, temperature=temperature, top_p=top_p, batch_size=answer_batch_size, seed=self.seed
         )
-        self.chat, self.answer_weights, self.show = chat, answer_weights, show
+        self.chat, self.answer_weights, self.show = chat, frozen_dtype(answer_weights), show
         self._content = ""
 
     @property

@@ -8,7 +8,8 @@ import torch
 from rich.progress import track
 from transformers import DynamicCache, PreTrainedModel
 
-from ...modules.pretrained import compute_device, load_model, model_fingerprint
+from ...modules.precision import compute_device
+from ...modules.pretrained import load_model, model_fingerprint
 from ...modules.span_attention.rules import SpanPlan, SpanRule
 from ...modules.spans import SpanCache, apply_plan, plan_of, remove_plan
 from ..gradient_pruning.measure import PRUNING, train_over_link

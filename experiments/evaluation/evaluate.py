@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ...errors import InputError
 from ...files import write_json
-from ...modules.pretrained import Dtype, compute_device, load_model, load_tokenizer, model_fingerprint, resolve_source
+from ...modules.precision import FrozenDtype, compute_device, frozen_dtype
+from ...modules.pretrained import load_model, load_tokenizer, model_fingerprint, resolve_source
 from ..configs import data_folder
 from ..environment import environment
 from ..parsing import Parser
@@ -32,7 +33,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
-    weights: Dtype = "bfloat16",
+    weights: FrozenDtype = "auto",
     execute: bool = False,
     output: str | None = None,
 ) -> dict[str, float]:
@@ -70,7 +71,7 @@ def evaluate(
     problems = find_problems(folder) if NAME in names else None
     specs = [_task(name, folder) for name in names if name != NAME]
     harness = _harness() if specs else None
-    loaded = load_model(source.name, weights).to(compute_device())  # type: ignore[arg-type]
+    loaded = load_model(source.name, frozen_dtype(weights)).to(compute_device())  # type: ignore[arg-type]
     tokenizer = load_tokenizer(source.name)
     metrics = {} if problems is None else human_eval(loaded, tokenizer, problems, limit)
     if harness is not None:

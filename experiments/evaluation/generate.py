@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ...errors import InputError
 from ...modules.language_model import GenerationSettings
 from ...modules.offsite import OffsitePrefixTuning, OwnerAccess, behind_prefix
-from ...modules.pretrained import Dtype, compute_device, load_model, load_tokenizer
+from ...modules.precision import FrozenDtype, compute_device, frozen_dtype
+from ...modules.pretrained import load_model, load_tokenizer
 from ..parsing import Parser
 from .candidates import score_candidates
 from .code_execution import run_code
@@ -40,7 +41,7 @@ def generate(
     token: str | None = None,
     certificate: str | None = None,
     head: Literal["party", "owner"] = "party",
-    weights: Dtype = "bfloat16",
+    weights: FrozenDtype = "auto",
 ) -> None:
     """Write what follows a prompt; plain text is streamed as it is generated.
 
@@ -96,7 +97,7 @@ def generate(
         asked = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     length = 0
     if offsite is None:
-        loaded = load_model(model, weights).to(compute_device())  # type: ignore[arg-type]
+        loaded = load_model(model, frozen_dtype(weights)).to(compute_device())  # type: ignore[arg-type]
     else:
         offsite.configure_model()
         assert offsite.model is not None
@@ -122,7 +123,7 @@ def _offsite(
     certificate: str | None,
     head: Literal["party", "owner"],
     settings: GenerationSettings,
-    weights: Dtype,
+    weights: FrozenDtype,
 ) -> OffsitePrefixTuning | None:
     """Return the system that writes behind a prefix or through a split, None where neither is wanted."""
     access = None

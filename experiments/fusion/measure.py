@@ -14,7 +14,8 @@ from ...modules.fusion.fused import materialise
 from ...modules.fusion.reading import text_loss
 from ...modules.fusion.statistics import rows_of
 from ...modules.optimizers import MuonAdamW
-from ...modules.pretrained import Dtype, load_model
+from ...modules.precision import Dtype
+from ...modules.pretrained import load_model
 from ..measuring import extra_memory, pairs
 
 _LENGTH = 512  # tokens of a row

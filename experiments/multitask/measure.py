@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -20,7 +20,7 @@ from ...errors import InputError, nearest
 from ...files import atomic_folder, cache_folder, digest, write_json
 from ...modules import FeatureWeighting, MultiTask, WarmupCosine
 from ...modules.multitask import LeastSquaresProjector
-from ...modules.pretrained import compute_device
+from ...modules.precision import compute_device
 from ..benchmarks.fingerprints import code_version
 from ..measuring import extra_memory, pairs
 
@@ -59,6 +59,7 @@ class Course:
         layers: Of each branch.
         limit: Rows to validate on, and to test on.
         seed: Of everything.
+        precision: Of the Trainer.
         alone_rate: Learning rate of a task by itself, whose batches are smaller; None takes ``rate``.
     """
 
@@ -75,6 +76,7 @@ class Course:
         layers: int,
         limit: int,
         seed: int,
+        precision: Literal["32-true", "bf16-mixed"],
         alone_rate: float | None = None,
     ) -> None:
         self.names = tasks.split(",")
@@ -83,6 +85,7 @@ class Course:
                 raise InputError(f"tasks has {name!r}.{nearest(name, [*_TABLES, 'words'])}")
         self.source, self.data, self.rows, self.steps, self.rate = source, Path(data), rows, steps, rate
         self.length, self.layers, self.limit, self.seed = length, layers, limit, seed
+        self.precision: Literal["32-true", "bf16-mixed"] = precision
         self.alone_rate = rate if alone_rate is None else alone_rate
 
     def task(self, name: str) -> Task:
@@ -121,7 +124,7 @@ class Course:
         trainer = Trainer(
             max_steps=self.steps,
             max_epochs=-1,
-            precision="bf16-mixed",
+            precision=self.precision,
             gradient_clip_val=1.0,
             callbacks=callbacks,
             limit_val_batches=0,
@@ -132,7 +135,7 @@ class Course:
         trainer.fit(module, data)
         found: dict[str, float] = {"tokens": float(pace.tokens)}
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        reader = Trainer(precision="bf16-mixed", **quiet)
+        reader = Trainer(precision=self.precision, **quiet)
         for split, read in (("val", reader.validate), ("test", reader.test)):
             figures = read(module, datamodule=data, verbose=False)[0]
             for name in names:
@@ -143,6 +146,7 @@ class Course:
     def alone(self) -> dict[str, float]:
         """Train a model for each task by itself; what they came to is kept, since every combination is compared with it."""
         key = [self.source, sorted(self.names), self.rows, self.steps, self.alone_rate, self.length, self.layers, self.limit]
+        key.append(self.precision)
         files = [place for name in self.names for place in (_TABLES[name][0][:2] if name in _TABLES else _WORDS)]
         contents = [hashlib.sha256((self.data / place).read_bytes()).hexdigest() for place in files]
         folder = cache_folder("multitask", digest([key, self.seed, contents, code_version()]))
@@ -251,7 +255,7 @@ def _stepper(course: Course, combination: str, names: list[str], *, one_task: bo
 
     trainer = Trainer(
         max_steps=1,
-        precision="bf16-mixed",
+        precision=course.precision,
         callbacks=[Take()],
         limit_val_batches=0,
         log_every_n_steps=1000,
@@ -270,7 +274,7 @@ def _stepper(course: Course, combination: str, names: list[str], *, one_task: bo
 
     def take_step() -> None:
         module.train()
-        with torch.autocast(device.type, torch.bfloat16):
+        with trainer.precision_plugin.forward_context():
             loss = module.training_step(batch, 0)
         module.backward(loss)
         module.on_before_optimizer_step(optimizer)

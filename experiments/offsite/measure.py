@@ -18,7 +18,8 @@ from ...modules.offsite.averaging import average_prefixes
 from ...modules.offsite.owner import OwnerLayers
 from ...modules.offsite.prefix import Kind, LayerMap
 from ...modules.offsite.remote import LocalOwner
-from ...modules.pretrained import compute_device, load_model
+from ...modules.precision import Dtype, compute_device
+from ...modules.pretrained import load_model
 from ..benchmarks.fingerprints import code_version
 from .baselines import PeftTuning
 from .tasks import CANDIDATES
@@ -47,14 +48,23 @@ class Ladder:
         rows: Folder of ``write_task``.
         prefix: Kind and length of the prefix.
         batch_size: Examples a step.
+        weights: Type of the models' weights.
         seed: Of everything.
     """
 
     def __init__(
-        self, full: str, emulator: str, task: str, rows: str, prefix: PrefixSettings, batch_size: int, seed: int
+        self,
+        full: str,
+        emulator: str,
+        task: str,
+        rows: str,
+        prefix: PrefixSettings,
+        batch_size: int,
+        weights: Dtype,
+        seed: int,
     ) -> None:
         self.full, self.emulator, self.prefix, self.seed = full, emulator, prefix, seed
-        self.common: dict[str, Any] = {"candidates": CANDIDATES[task], "weights": "bfloat16"}
+        self.common: dict[str, Any] = {"candidates": CANDIDATES[task], "weights": weights}
         files: dict[str, Any] = {"train": str(Path(rows) / "train.jsonl"), "val": str(Path(rows) / "test.jsonl")}
         self.data = partial(PartyDataModule, **files, batch_size=batch_size, max_length=512, seed=seed)
         self.tokens = 0
@@ -125,7 +135,7 @@ class Ladder:
         """Go on with a prefix through the owner's layers, which stand in this process; a test holds that they are the same."""
         module = self.tuning(self.emulator, rate, phase="split", start=str(start), layer_map=layer_map)
         manifest = EmulatorManifest.load(Path(self.emulator))
-        whole = load_model(self.full, "bfloat16")
+        whole = load_model(self.full, self.common["weights"])
         part = ModelPart(whole, manifest.identical, manifest.layers).to(compute_device())
         module.owner = LocalOwner(OwnerLayers(part, most_graphs=1))
         module.cut = manifest.identical
@@ -153,6 +163,7 @@ def rung(
     parties: int = 2,
     alpha: float | None = None,
     rounds: int = 2,
+    weights: Dtype = "bfloat16",
 ) -> dict[str, float]:
     """Return accuracy and loss on a task's test rows of one rung.
 
@@ -174,13 +185,14 @@ def rung(
         parties: Of ``federated``.
         alpha: Of ``federated``: unlike parties; None for alike ones.
         rounds: Of ``federated``: how often prefixes are averaged in the split phase.
+        weights: Type of the models' weights; prefixes have float32.
 
     Raises:
         InputError: If the kind is unknown.
     """
     if kind not in RUNGS:
         raise InputError(f"kind={kind!r} is no rung.{nearest(kind, RUNGS)}")
-    ladder = Ladder(full, emulator, task, rows, PrefixSettings(prefix, length), batch_size, seed)
+    ladder = Ladder(full, emulator, task, rows, PrefixSettings(prefix, length), batch_size, weights, seed)
     if kind in ("zero", "emulator-zero"):
         return ladder.score(ladder.plugged(full if kind == "zero" else emulator))
     if kind == "central":

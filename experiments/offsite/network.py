@@ -18,6 +18,7 @@ from ...files import write_json
 from ...modules.offsite import OwnerAccess, Prefix, PrefixSettings, behind_prefix, plugged_in
 from ...modules.offsite.certificates import make_certificates
 from ...modules.offsite.remote import OwnersLayers, split_model
+from ...modules.precision import Dtype
 from ...modules.pretrained import load_model
 from ...modules.student import decoder_layers
 from ..netlab import NetLab, needs_links
@@ -27,13 +28,24 @@ _OWNER = "10.77.0.1"
 
 @needs_links("rate")
 def through(
-    *, seed: int, source: str, cut: int, length: int, rows: int, tokens: int, rounds: int, written: int, rate: str | None = None
+    *,
+    seed: int,
+    source: str,
+    weights: Dtype,
+    cut: int,
+    length: int,
+    rows: int,
+    tokens: int,
+    rounds: int,
+    written: int,
+    rate: str | None = None,
 ) -> dict[str, float]:
     """Return the time and bytes of a training step and of a written token, split and unsplit.
 
     Args:
         seed: Of prefix and tokens.
         source: The whole model; the party's layers are its own, too.
+        weights: Type of the model's weights at both.
         cut: The owner's first layer.
         length: Of the prefix.
         rows: Of a batch.
@@ -46,7 +58,15 @@ def through(
         root = Path(folder)
         make_certificates(root, hosts=["localhost", _OWNER], parties=["one"])
         papers = [f"--certificate={root / 'owner.crt'}", f"--key={root / 'owner.key'}", f"--tokens={root / 'tokens.json'}"]
-        serve = ["owner", "serve", f"--model={source}", f"--cut={cut}", *papers, f"--announce={root / 'address.json'}"]
+        serve = [
+            "owner",
+            "serve",
+            f"--model={source}",
+            f"--weights={weights}",
+            f"--cut={cut}",
+            *papers,
+            f"--announce={root / 'address.json'}",
+        ]
         main = [sys.executable, "-c", "from fulgurite.experiments.main import main; main()", *serve]
         settings = {name: value for name, value in locals().items() if name in through.__annotations__}
         write_json(root / "settings.json", settings)
@@ -80,7 +100,7 @@ def _party(root: Path) -> dict[str, float]:
     address = json.loads((root / "address.json").read_text())["address"]
     client = OwnerAccess(address, str(root / "one.token"), str(root / "owner.crt")).client()
     cut, length = told["cut"], told["length"]
-    whole, own = (load_model(told["source"], "bfloat16").requires_grad_(False) for _ in range(2))
+    whole, own = (load_model(told["source"], told["weights"]).requires_grad_(False) for _ in range(2))
     layers = len(decoder_layers(whole))
     prefix = Prefix.random(whole, PrefixSettings(length=length), seed=told["seed"])
     owners = OwnersLayers(client, layers - cut, length, prefix.within(cut, layers))

@@ -19,7 +19,8 @@ from ...modules.offsite.emulator import EmulatorFiles, download
 from ...modules.offsite.owner import OwnerLayers
 from ...modules.offsite.server import OwnerServer
 from ...modules.offsite.texts import OwnerTexts
-from ...modules.pretrained import Dtype, load_config, load_model, model_fingerprint
+from ...modules.precision import FrozenDtype, frozen_dtype
+from ...modules.pretrained import load_config, load_model, model_fingerprint
 from ..parsing import Parser
 from .demo import demo
 from .federation.trial import federate
@@ -52,7 +53,7 @@ def serve(
     emulator: str | None = None,
     cut: int | None = None,
     address: str = "localhost:7421",
-    weights: Dtype = "bfloat16",
+    weights: FrozenDtype = "auto",
     device: str = "cpu",
     lifetime: float = 600.0,
     most_message_bytes: int = 1 << 26,
@@ -96,7 +97,7 @@ def serve(
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch built without CUDA fails by an assertion
         raise InputError(f"device={device!r} is not here ({error}). Legal: cpu, or a GPU of this machine.") from error
-    whole = load_model(model, weights)
+    whole = load_model(model, frozen_dtype(weights, torch.device(device).type))
     fingerprint = model_fingerprint(whole)
     if offered is not None and offered.manifest.model != fingerprint:
         raise InputError(f"emulator={emulator!r} was made of another model than model={model!r}.")

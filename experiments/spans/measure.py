@@ -17,7 +17,8 @@ from ...datamodules.documents import read_documents
 from ...datamodules.self_generated.prompts import PromptForm, retrieval
 from ...datamodules.self_generated.texts import Filler, pieces
 from ...errors import InputError
-from ...modules.pretrained import Dtype, compute_device, head_weight, load_model, load_tokenizer
+from ...modules.precision import Dtype, compute_device
+from ...modules.pretrained import head_weight, load_model, load_tokenizer
 from ...modules.span_attention.rules import SpanPlan, SpanRule, full_layers
 from ...modules.spans import Budget, CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
 from ...modules.spans.ablation import ablate, compare_with_ablation

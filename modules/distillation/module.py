@@ -15,7 +15,8 @@ from ...errors import InputError
 from ..base import Rehearsal
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, SoftTargets, linear_log_likelihood, linear_loss, shift_labels
-from ..pretrained import Dtype, head_weight, load_config, load_model, load_tokenizer, resolve_source
+from ..precision import Dtype, FrozenDtype, frozen_dtype
+from ..pretrained import head_weight, load_config, load_model, load_tokenizer, resolve_source
 from ..student import StudentSpec
 from ..tokens import tokenizer_fingerprint
 from .chunks import check_chunks, chunk_loss, in_chunks
@@ -79,7 +80,7 @@ class SoftLabelDistillation(LanguageModel):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: Dtype = "float32",
-        teacher_weights: Dtype = "bfloat16",
+        teacher_weights: FrozenDtype = "auto",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         attn_implementation: str | None = None,
@@ -113,7 +114,7 @@ class SoftLabelDistillation(LanguageModel):
         self.remainder: Remainder = remainder
         self.chunk_weight, self.chunk_temperature = chunk_weight, chunk_temperature
         self.third_vocabulary = third_vocabulary
-        self.teacher_weights: Dtype = teacher_weights
+        self.teacher_weights = frozen_dtype(teacher_weights)
         self._label_vocabulary: Tensor | None = None
         self._teacher: list[PreTrainedModel] = []  # in a list: no part of checkpoints, of DDP or of the optimizer
         self.mean_kl, self.mean_agreement = MeanMetric(), MeanMetric()

@@ -25,7 +25,8 @@ from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch, GenerationSettings
 from ..linear_loss import LossParts, shift_labels
 from ..optimizers import MuonAdamW
-from ..pretrained import Dtype, load_config, load_model
+from ..precision import Dtype, FrozenDtype
+from ..pretrained import load_config, load_model
 from ..student import decoder_layers, layer_outputs, shared_parts
 from .fused import materialise
 from .reading import readable, text_loss
@@ -88,7 +89,7 @@ class FusionCompression(SoftLabelDistillation):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: Dtype = "float32",
-        teacher_weights: Dtype = "bfloat16",
+        teacher_weights: FrozenDtype = "auto",
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         loss_chunk_tokens: int | None = None,

@@ -19,7 +19,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ...errors import InputError, nearest
 from ..base import PretrainedModule, Rehearsal
-from ..pretrained import Dtype, load_config
+from ..precision import Dtype
+from ..pretrained import load_config
 from .branches import Answer, Branch, TransformerBranch, build_branches
 from .checks import check_combination, check_saved_branches, check_tasks
 from .combination import (
@@ -63,7 +64,7 @@ class MultiTask(PretrainedModule):
         max_new_tokens: Tokens that ``predict`` writes behind a prompt at most.
         optimizer: Optimizer, given its parameters.
         lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
-        weights: Type of the weights in memory; train ``float32`` with ``trainer.precision: bf16-mixed``.
+        weights: Type of the weights in memory; train ``float32`` with ``trainer.precision: auto``.
         gradient_checkpointing: Compute the trunk's activations again in the backward pass.
 
     Raises:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from ...errors import InputError, nearest
-from ..pretrained import Dtype, check_sizes, head_weight, load_config, load_encoder, load_model, load_tokenizer
+from ..precision import Dtype
+from ..pretrained import check_sizes, head_weight, load_config, load_encoder, load_model, load_tokenizer
 from ..span_attention.rules import refuse_plan
 from .objectives import Mask
 

@@ -15,7 +15,8 @@ from ..distillation.labels import LabelSettings
 from ..distillation.module import SoftLabelDistillation
 from ..language_model import Batch
 from ..linear_loss import LossParts, shift_labels
-from ..pretrained import Dtype, load_config, load_model, load_tokenizer, model_fingerprint
+from ..precision import Dtype, FrozenDtype
+from ..pretrained import load_config, load_model, load_tokenizer, model_fingerprint
 from ..student import decoder_layers, keep_layers, layer_outputs, shared_parts
 from ..tokens import tokenizer_fingerprint
 from .emulator import EmulatorManifest, EmulatorSpec, digest_of, fused_layers
@@ -58,7 +59,7 @@ class EmulatorDistillation(SoftLabelDistillation):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: Dtype = "float32",
-        teacher_weights: Dtype = "bfloat16",
+        teacher_weights: FrozenDtype = "auto",
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         loss_chunk_tokens: int | None = None,

@@ -17,7 +17,8 @@ from ...errors import InputError
 from ..base import Rehearsal
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, shift_labels
-from ..pretrained import Dtype, head_weight, load_model, model_fingerprint
+from ..precision import FrozenDtype, frozen_dtype
+from ..pretrained import head_weight, load_model, model_fingerprint
 from .client import OwnerAccess
 from .emulator import MANIFEST, EmulatorManifest
 from .owner import HeadRequest
@@ -61,7 +62,7 @@ class OffsitePrefixTuning(LanguageModel):
         candidates: Answers to choose from, each beginning with another token; with ``head: owner``, only their logits are asked.
         optimizer: Optimizer, given its parameters.
         lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
-        weights: Type of the frozen weights; the prefix is learnt in float32.
+        weights: Type of the frozen weights, ``auto`` is bfloat16 where that is fast; the prefix is learnt in float32.
         gradient_checkpointing: Compute activations again in the backward pass.
         attn_implementation: Attention function of ``transformers``; its own choice when None.
         loss_chunk_tokens: Tokens whose logits exist at the same time in the loss; None takes 64 on a CPU, 1024 elsewhere.
@@ -88,7 +89,7 @@ class OffsitePrefixTuning(LanguageModel):
         candidates: list[str] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        weights: Dtype = "bfloat16",
+        weights: FrozenDtype = "auto",
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         loss_chunk_tokens: int | None = None,
@@ -98,7 +99,7 @@ class OffsitePrefixTuning(LanguageModel):
             source,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
-            weights=weights,
+            weights=frozen_dtype(weights),
             gradient_checkpointing=gradient_checkpointing,
             attn_implementation=attn_implementation,
             loss_chunk_tokens=loss_chunk_tokens,

@@ -19,7 +19,8 @@ from ..distillation.loss import FullVocabularyTargets
 from ..distillation.teacher import teacher_states
 from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, linear_loss, shift_labels
-from ..pretrained import Dtype, head_weight, load_config, load_model
+from ..precision import Dtype, frozen_dtype
+from ..pretrained import head_weight, load_config, load_model
 from ..span_attention.attention import attentions
 from ..span_attention.rules import CONFIG_KEY, SpanPlan, full_layers, plan_of
 from ..span_attention.runtime import apply_plan
@@ -145,7 +146,7 @@ class SpanPruning(LanguageModel):
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
         """See ``PretrainedModule``; of the training with spans, not of the profile before."""
-        dense = [self._shell(self.source.name, weights="bfloat16")] if self.kl_weight else []
+        dense = [self._shell(self.source.name, weights=frozen_dtype("auto"))] if self.kl_weight else []
         yield self._rehearsal("training", self._shell(self.source.name), dense)
 
     def why_not_sharded(self) -> str:
@@ -179,7 +180,7 @@ class SpanPruning(LanguageModel):
             self._show(plan, max(len(text.ids) for text in [*texts, *held_out]))
             self.model.train()
         if self.kl_weight:
-            self._dense = [load_model(self.source.name, "bfloat16").requires_grad_(False).to(self.device)]  # type: ignore[arg-type]
+            self._dense = [load_model(self.source.name, frozen_dtype("auto")).requires_grad_(False).to(self.device)]  # type: ignore[arg-type]
 
     def _checked(self, texts: list[Answered], budget: Budget, processes: Processes) -> dict[str, Any]:
         """Return how well the planner's costs of single heads agree with ablation, on texts of all kinds and lengths."""

@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import InputError
+from ..precision import frozen_dtype
 from ..span_attention.rules import DENSE, SpanPlan, SpanRule, full_layers
 from .ablation import ablate
 from .heads import gate_values, induction_scores
@@ -122,7 +124,7 @@ def worth_of_heads(
 ) -> np.ndarray:
     """Return how the answers' loss changes when one head alone has the shortest rule [texts, layers, key/value heads].
 
-    It has that rule in the rows of the question and the answer, and is measured in bfloat16: fast enough for all texts.
+    It has that rule in the rows of the question and the answer, and is measured in bfloat16 where that is fast.
 
     Args:
         model: Dense, in evaluation mode.
@@ -131,7 +133,7 @@ def worth_of_heads(
         loss: What is measured.
         processes: Each takes its share of the texts.
     """
-    reader = copy.deepcopy(model).bfloat16()
+    reader = copy.deepcopy(model).to(getattr(torch, frozen_dtype("auto", model.device.type)))
     return ablate(reader, texts, budget.shortest, sink=budget.sink, loss=loss, before=_QUESTION, processes=processes)
 
 
