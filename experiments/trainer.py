@@ -3,6 +3,7 @@
 import logging
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 
@@ -22,10 +23,11 @@ def chosen_precision(precision: Precision | None, accelerator: Any = None) -> _P
         accelerator: Of the Trainer; None finds one, as it does.
     """
     device = "cpu" if accelerator in ("cpu", "mps") else compute_device()
-    fast = fast_in_bfloat16(device) and accelerator != "mps"
+    fast = fast_in_bfloat16(device)
     if precision == "auto":
         return "bf16-mixed" if fast else "32-true"
-    if device == "cpu" and not fast and str(precision).startswith("bf16"):
+    on_processor = accelerator == "cpu" or not (device == "cuda" or torch.backends.mps.is_available())
+    if on_processor and not fast and str(precision).startswith("bf16"):
         log.warning(
             "trainer.precision=%s: this processor has no instructions for bfloat16; float32 is many times faster here. Use auto.",
             precision,
