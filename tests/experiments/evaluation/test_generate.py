@@ -38,6 +38,7 @@ def test_text_is_streamed(model, capsys):
 
 def test_spans_of_a_folder_are_used_and_said(model, monkeypatch, caplog):
     words = ["generate", "--model", model, "--prompt", "sand and glass and lightning", "--max_new_tokens", "16"]
+    words += ["--weights", "float32"]
     made = []
     monkeypatch.setattr(runtime, "SpanCache", lambda *args, make=runtime.SpanCache: made.append(make(*args)) or made[-1])
     main(words)
@@ -45,7 +46,7 @@ def test_spans_of_a_folder_are_used_and_said(model, monkeypatch, caplog):
     SpanPlan.same(SpanRule(3), tiny_model().config, sink=1).save(Path(model))
     main(words)
     assert "Attention spans of the model's folder: 0 % of the cache at 4096 tokens" in caplog.text
-    assert made[0].nbytes() == 4 * 2 * 2 * 4 * 8 * 2, "layers, keys and values, heads, slots, size, bytes of bfloat16"
+    assert made[0].nbytes() == 4 * 2 * 2 * 4 * 8 * 4, "layers, keys and values, heads, slots, size, bytes of float32"
 
 
 def test_code_keeps_the_function_and_is_run_on_the_flag_alone(model, capsys, monkeypatch):

@@ -19,7 +19,7 @@ def course(tmp_path, monkeypatch, text_file):
     for split in ("valid", "test"):
         (tmp_path / f"wikitext2/{split}.raw.txt").write_text(text_file.read_text().replace(" sand", ".\n\nSand"))
     sizes = {"rows": 2, "steps": 2, "rate": 1e-3, "length": 32, "layers": 1, "limit": 6, "seed": 0}
-    return {"source": "random:tiny", "data": str(tmp_path), "tasks": "sst2,ag_news", **sizes}
+    return {"source": "random:tiny", "data": str(tmp_path), "tasks": "sst2,ag_news", "precision": "32-true", **sizes}
 
 
 def test_gains_are_over_training_alone(course, monkeypatch):
