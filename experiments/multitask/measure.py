@@ -61,6 +61,8 @@ class Course:
         seed: Of everything.
         precision: Of the Trainer.
         alone_rate: Learning rate of a task by itself, whose batches are smaller; None takes ``rate``.
+        branch_rate: Learning rate of the branches; None takes that of the trunk.
+        pooling: What of a text its branch reads; see ``TransformerBranch``.
     """
 
     def __init__(
@@ -78,15 +80,18 @@ class Course:
         seed: int,
         precision: Literal["32-true", "bf16-mixed"],
         alone_rate: float | None = None,
+        branch_rate: float | None = None,
+        pooling: Literal["first", "mean"] | None = None,
     ) -> None:
         self.names = tasks.split(",")
         for name in self.names:
             if name not in (*_TABLES, "words"):
                 raise InputError(f"tasks has {name!r}.{nearest(name, [*_TABLES, 'words'])}")
         self.source, self.data, self.rows, self.steps, self.rate = source, Path(data), rows, steps, rate
-        self.length, self.layers, self.limit, self.seed = length, layers, limit, seed
+        self.length, self.limit, self.seed = length, limit, seed
         self.precision: Literal["32-true", "bf16-mixed"] = precision
         self.alone_rate = rate if alone_rate is None else alone_rate
+        self.branches: dict[str, Any] = {"branch_layers": layers, "branch_rate": branch_rate, "branch_pooling": pooling}
 
     def task(self, name: str) -> Task:
         """Return a task."""
@@ -114,9 +119,9 @@ class Course:
         module = MultiTask(
             self.source,
             combination=COMBINATIONS[combination](len(names)),
-            branch_layers=self.layers,
+            **self.branches,
             period=max(1, self.steps // 20),
-            optimizer=partial(torch.optim.AdamW, lr=self.rate if rate is None else rate, weight_decay=0.01),
+            optimizer=partial(torch.optim.AdamW, lr=self.rate if rate is None else rate, weight_decay=0.01, fused=True),
             lr_scheduler=WarmupCosine,
         )
         pace = TokenRate()
@@ -145,8 +150,8 @@ class Course:
 
     def alone(self) -> dict[str, float]:
         """Train a model for each task by itself; what they came to is kept, since every combination is compared with it."""
-        key = [self.source, sorted(self.names), self.rows, self.steps, self.alone_rate, self.length, self.layers, self.limit]
-        key.append(self.precision)
+        key = [self.source, sorted(self.names), self.rows, self.steps, self.alone_rate, self.branches, self.length]
+        key += [self.limit, self.precision]
         files = [place for name in self.names for place in (_TABLES[name][0][:2] if name in _TABLES else _WORDS)]
         contents = [hashlib.sha256((self.data / place).read_bytes()).hexdigest() for place in files]
         folder = cache_folder("multitask", digest([key, self.seed, contents, code_version()]))
@@ -259,7 +264,7 @@ def _stepper(course: Course, combination: str, names: list[str], *, one_task: bo
         tokenizer=course.source,
         seed=course.seed,
     )
-    module = MultiTask(course.source, combination=COMBINATIONS[combination](len(names)), branch_layers=course.layers)
+    module = MultiTask(course.source, combination=COMBINATIONS[combination](len(names)), **course.branches)
     taken: list[Any] = []
 
     class Take(Callback):

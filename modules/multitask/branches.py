@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from ...errors import InputError
 from ..linear_loss import linear_loss, shift_labels
 from .objectives import IGNORED, Objective
 from .trunk import Trunk, View
+
+Pooling = Literal["first", "mean"]
 
 
 @dataclass
@@ -75,24 +77,27 @@ class Branch(nn.Module, ABC):
 class TransformerBranch(Branch):
     """Layers of the trunk's own kind, and a head for the objective.
 
-    Tokens are predicted by the trunk's embedding, or the head of a decoder that has one of its own. Texts are read from their
-    first token by an encoder, and from the mean of their tokens behind a decoder.
+    Tokens are predicted by the trunk's embedding, or the head of a decoder that has one of its own.
 
     Args:
         layers: Transformer layers; 0 puts the head right behind the trunk.
         dropout: On what the head of a text or a token reads, in [0, 1).
+        pooling: What of a text its head reads: the ``first`` token, through a pooler as BERT's, or the ``mean`` of all. None
+            takes the first token of an encoder, as ``transformers`` has it, and the mean behind a decoder.
 
     Raises:
-        InputError: If a number is out of range.
+        InputError: If a number is out of range, or ``pooling`` unknown.
     """
 
-    def __init__(self, layers: int = 1, *, dropout: float = 0.1) -> None:
+    def __init__(self, layers: int = 1, *, dropout: float = 0.1, pooling: Pooling | None = None) -> None:
         super().__init__()
         if layers < 0:
             raise InputError(f"branch.layers={layers} is below 0. Legal: 0 or more.")
         if not 0 <= dropout < 1:
             raise InputError(f"branch.dropout={dropout}. Legal: 0 up to, not including, 1.")
-        self.count, self.dropout = layers, dropout
+        if pooling not in (None, *get_args(Pooling)):
+            raise InputError(f"branch.pooling={pooling!r} is unknown. Legal: {', '.join(get_args(Pooling))}, or null.")
+        self.count, self.dropout, self.pooling = layers, dropout, pooling
         self.objective: Objective | None = None
         self.layers: nn.Module | None = None
         self.pooler: nn.Linear | None = None
@@ -106,7 +111,8 @@ class TransformerBranch(Branch):
             self.layers = trunk.new_layers(self.count)
         if objective.predicts_tokens:
             return
-        if objective.kind != "token" and trunk.is_encoder:
+        first = trunk.is_encoder if self.pooling is None else self.pooling == "first"
+        if objective.kind != "token" and first:
             self.pooler = nn.Linear(width, width, **like)  # type: ignore[arg-type]
         self.head = nn.Linear(width, len(objective.classes) or 1, **like)  # type: ignore[arg-type]
         for linear in (self.pooler, self.head):

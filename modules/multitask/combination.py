@@ -93,23 +93,24 @@ class FeatureWeighting(nn.Module):
 Combination = Scalarizer | FeatureWeighting | Aggregator
 
 
-def with_own_rate(optimizer: OptimizerCallable, combination: nn.Module, rate: float) -> OptimizerCallable:
-    """Return an optimizer that has a group for what a combination learns: without decay, at a rate of its own.
+def with_own_rate(optimizer: OptimizerCallable, part: nn.Module, rate: float, **settings: float) -> OptimizerCallable:
+    """Return an optimizer that has a group for a part of a model, at a rate of its own.
 
     Args:
         optimizer: Makes the optimizer, given its parameters.
-        combination: How losses are combined; one that learns nothing changes nothing.
+        part: Of the model, as it is when the optimizer is made; one that learns nothing changes nothing.
         rate: Learning rate of that group.
+        settings: Others of that group.
     """
 
     def build(parameters: Any) -> Optimizer:
         built = optimizer(parameters)
-        learnt = {id(parameter) for parameter in combination.parameters()}
+        learnt = {id(parameter) for parameter in part.parameters()}
         for group in list(built.param_groups):
             own = [parameter for parameter in group["params"] if id(parameter) in learnt]
             if own:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in learnt]
-                built.add_param_group({**group, "params": own, "lr": rate, "weight_decay": 0.0})
+                built.add_param_group({**group, "params": own, "lr": rate, **settings})
                 built.load_state_dict(built.state_dict())  # optimizers made of others, such as MuonAdamW, look at groups then
         return built
 

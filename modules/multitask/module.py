@@ -7,6 +7,7 @@ understanding share one network; here each task has its own, by default of the t
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ...errors import InputError, nearest
 from ..base import PretrainedModule, Rehearsal
 from ..precision import Dtype
 from ..pretrained import load_config
-from .branches import Answer, Branch, TransformerBranch, build_branches
+from .branches import Answer, Branch, Pooling, TransformerBranch, build_branches
 from .checks import check_combination, check_saved_branches, check_tasks
 from .combination import (
     Agreement,
@@ -53,8 +54,11 @@ class MultiTask(PretrainedModule):
     Args:
         source: Model that the trunk starts from, a decoder or an encoder; see ``LanguageModel``.
         fresh: Fields of the model's config to change; the trunk starts from random weights then.
-        branches: Branch by task, for all of them; None makes ``TransformerBranch(branch_layers)`` for each.
+        branches: Branch by task, for all of them; None makes a ``TransformerBranch`` for each.
         branch_layers: Transformer layers of a branch, where ``branches`` is None.
+        branch_pooling: What of a text a branch's head reads, where ``branches`` is None; see ``TransformerBranch``.
+        branch_rate: Learning rate of the branches, which are new and can take a higher one than the trunk (discriminative
+            fine-tuning, arXiv 1801.06146); None takes the optimizer's.
         combination: How the losses become one gradient: a scalarizer of ``torchjd``, ``FeatureWeighting``, or an aggregator of
             ``torchjd``; see ``combination``. None is the sum.
         combination_rate: Learning rate of what a combination learns (UW's and IMTL-L's weights), without weight decay, under the
@@ -78,6 +82,8 @@ class MultiTask(PretrainedModule):
         fresh: dict[str, Any] | None = None,
         branches: dict[str, Branch] | None = None,
         branch_layers: int = 1,
+        branch_pooling: Pooling | None = None,
+        branch_rate: float | None = None,
         combination: Combination | None = None,
         combination_rate: float = 0.025,
         loss_weights: dict[str, float] | None = None,
@@ -94,23 +100,27 @@ class MultiTask(PretrainedModule):
         for name, factor in (loss_weights or {}).items():
             if factor < 0:
                 raise InputError(f"loss_weights.{name}={factor} is below 0. Legal: 0 or more.")
-        if combination_rate <= 0:
-            raise InputError(f"combination_rate={combination_rate}: the combination would learn nothing. Legal: above 0.")
+        for part, rate in (("combination", combination_rate), ("branch", branch_rate)):
+            if rate is not None and rate <= 0:
+                raise InputError(f"{part}_rate={rate}: the {part} would learn nothing. Legal: above 0.")
         if period < 1:
             raise InputError(f"period={period}. Legal: 1 or more optimizer steps.")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens} writes nothing. Legal: 1 or more.")
-        TransformerBranch(branch_layers)  # refuses a wrong number
-        self.fresh, self.given, self.branch_layers = fresh, branches, branch_layers
+        self._branch = partial(TransformerBranch, branch_layers, pooling=branch_pooling)
+        self._branch()  # refuses wrong settings
+        self.fresh, self.given = fresh, branches
         self.combination: Combination = combination or Sum()
         if isinstance(self.combination, FAMO):  # steps its own weights, which no optimizer of ours and no DDP should wait for
             self.combination.requires_grad_(False)
-        self.optimizer = with_own_rate(optimizer, self.combination, combination_rate)
+        self.branches = nn.ModuleDict()
+        self.optimizer = with_own_rate(optimizer, self.combination, combination_rate, weight_decay=0.0)
+        if branch_rate is not None:
+            self.optimizer = with_own_rate(self.optimizer, self.branches, branch_rate)
         self.loss_weights, self.period, self.max_new_tokens = loss_weights or {}, period, max_new_tokens
         self.gradient_checkpointing = gradient_checkpointing
         self.objectives: dict[str, Objective] = {}
         self.trunk: Trunk | None = None
-        self.branches = nn.ModuleDict()
         self.metrics = nn.ModuleDict()
         self._jacobian = Jacobian(self.combination) if isinstance(self.combination, Aggregator) else None
         self._losses: dict[str, Tensor] = {}  # of the batch at work, weighted
@@ -144,20 +154,19 @@ class MultiTask(PretrainedModule):
         self.trunk = trunk
         if not any(objective.predicts_tokens for objective in objectives.values()):
             trunk.head = None  # nothing would train it
-        default = lambda: TransformerBranch(self.branch_layers)  # noqa: E731
-        self.branches = build_branches(self.trunk, self.objectives, self.given, default)
+        self.branches.update(dict(build_branches(trunk, self.objectives, self.given, self._branch).items()))
         self.metrics = nn.ModuleDict({name: TaskMetrics(objective) for name, objective in self.objectives.items()})
         self.train()
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
-        """See ``PretrainedModule``; of a mixed batch of equally many texts a task, with branches of ``branch_layers``."""
+        """See ``PretrainedModule``; of a mixed batch of equally many texts a task, with branches where none are given."""
         config = load_config(self.source.name)
         config.update(self.fresh or {})
         trunk = trunk_of_config(config, self.weights)
         if self.gradient_checkpointing:
             trunk.model.activation_checkpointing_enable({"use_reentrant": False})
         kinds = {name: task.kinds for name, task in data.tasks.items()}
-        yield rehearsal(trunk, kinds, self.branch_layers, self.optimizer)
+        yield rehearsal(trunk, kinds, self._branch, self.optimizer)
 
     def why_not_sharded(self) -> str:
         """See ``PretrainedModule``."""
@@ -324,8 +333,7 @@ class MultiTask(PretrainedModule):
     def why_not_plain(self, task: str) -> str | None:
         """Return why ``transformers`` has no model of trunk and a task's branch, or None where it has."""
         assert self.trunk is not None
-        branch: Any = self.branches[task]
-        return why_not_plain(self.trunk, branch, self.objectives[task])
+        return why_not_plain(self.trunk, self.branches[task], self.objectives[task])  # type: ignore[arg-type]
 
     def plain_model(self, task: str) -> PreTrainedModel:
         """Return trunk and a task's branch as a model of ``transformers``.
@@ -338,8 +346,7 @@ class MultiTask(PretrainedModule):
         """
         if self.trunk is None or task not in self.objectives:
             raise InputError(f"task={task!r} is none of the model's.{nearest(task, self.objectives)}")
-        branch: Any = self.branches[task]
-        return plain_model(self.trunk, branch, self.objectives[task])
+        return plain_model(self.trunk, self.branches[task], self.objectives[task])  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the model depends on: the trunk's config and the tasks."""

@@ -34,7 +34,7 @@ def why_not_plain(trunk: Trunk, branch: Branch, objective: Objective) -> str | N
     if not trunk.is_encoder:
         return None if objective.kind == "next_token" else "a decoder that sees both directions is no model of transformers"
     if objective.kind in ("sequence", "number") and kind in _DENSE_TANH:
-        return None
+        return None if branch.pooler is not None else f"transformers' {kind} models read the first token, not the mean of all"
     if objective.kind == "token":
         return None
     return f"transformers' {kind} models predict a {objective.kind} in another way"

@@ -1,5 +1,6 @@
 """What a training on several tasks holds in memory, before any task is read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,18 +8,20 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from ..base import Rehearsal
-from .branches import TransformerBranch, build_branches
+from .branches import Branch, build_branches
 from .objectives import Kind, Objective
 from .trunk import Trunk, View
 
 
-def rehearsal(trunk: Trunk, kinds: dict[str, list[Kind]], branch_layers: int, optimizer: OptimizerCallable) -> Rehearsal:
+def rehearsal(
+    trunk: Trunk, kinds: dict[str, list[Kind]], branch: Callable[[], Branch], optimizer: OptimizerCallable
+) -> Rehearsal:
     """Return the stage in which a trunk is trained with branches for some tasks.
 
     Args:
         trunk: The shared layers.
         kinds: What each branch of a task predicts, by task; branches of one mask read the same features.
-        branch_layers: Layers of a branch.
+        branch: Makes a branch.
         optimizer: Of the training.
     """
     objectives = {
@@ -26,7 +29,7 @@ def rehearsal(trunk: Trunk, kinds: dict[str, list[Kind]], branch_layers: int, op
         for name, own in kinds.items()
         for place, kind in enumerate(own)
     }
-    branches: Any = build_branches(trunk, objectives, None, lambda: TransformerBranch(branch_layers))
+    branches: Any = build_branches(trunk, objectives, None, branch)
 
     def read(ids: Tensor) -> Tensor:
         found = []

@@ -72,9 +72,9 @@ def targets_of(objective, view, seed=1):
     return torch.where(here, torch.randint(5, 60, (rows, length), generator=generator), -100)
 
 
-def branch_of(trunk, objective, layers=1, noise=True):
+def branch_of(trunk, objective, layers=1, noise=True, **settings):
     """A branch whose layers change something, unlike fresh ones."""
-    branch = TransformerBranch(layers, dropout=0.0)
+    branch = TransformerBranch(layers, dropout=0.0, **settings)
     branch.attach(trunk, objective)
     if noise:
         generator = torch.Generator().manual_seed(2)

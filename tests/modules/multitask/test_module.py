@@ -56,6 +56,16 @@ def test_what_a_combination_learns_has_a_rate_of_its_own_and_no_decay(data, opti
     assert module.combination.log_var.abs().max() > 0.15  # AdamW goes by its rate a step where losses are far from 1
 
 
+def test_branches_can_have_a_rate_of_their_own(data):
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.5)
+    module = MultiTask("random:tiny", combination=UW(5), branch_rate=0.02, optimizer=optimizer)
+    trunk, weights, branches = fit(module, data(), 1).optimizers[0].param_groups
+    found = [(group["lr"], group["weight_decay"]) for group in (trunk, weights, branches)]
+    assert found == [(1e-3, 0.5), (0.025, 0.0), (0.02, 0.5)]
+    assert {id(one) for one in branches["params"]} == {id(one) for one in module.branches.parameters()}
+    assert {id(one) for one in trunk["params"]} == {id(one) for one in module.trunk.parameters()}
+
+
 def test_a_combination_that_learns_nothing_changes_no_optimizer(data):
     for combination in (None, FAMO(5)):
         assert len(fit(model(combination), data(), 1).optimizers[0].param_groups) == 1

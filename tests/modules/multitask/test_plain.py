@@ -65,6 +65,13 @@ def test_what_transformers_has_not_is_refused(kind, name, reason):
         plain_model(trunk, branch, objective)
 
 
+def test_the_mean_of_an_encoders_tokens_is_not_exported():
+    trunk, objective = trunk_of("bert"), OBJECTIVES["text"]
+    branch = TransformerBranch(pooling="mean")
+    branch.attach(trunk, objective)
+    assert why_not_plain(trunk, branch, objective) == "transformers' bert models read the first token, not the mean of all"
+
+
 class Another(TransformerBranch):
     """A branch of the user's own, whose numbers no model of transformers has."""
 

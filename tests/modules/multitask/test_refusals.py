@@ -33,6 +33,8 @@ def no_weights(monkeypatch):
         ({"loss_weights": {"parity": -1.0}}, "loss_weights.parity=-1.0 is below 0"),
         ({"branch_layers": -1}, "branch.layers=-1 is below 0"),
         ({"combination_rate": 0.0}, "combination_rate=0.0: the combination would learn nothing. Legal: above 0"),
+        ({"branch_rate": -1.0}, "branch_rate=-1.0: the branch would learn nothing. Legal: above 0"),
+        ({"branch_pooling": "last"}, "branch.pooling='last' is unknown. Legal: first, mean, or null"),
         ({"period": 0}, "period=0. Legal: 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 writes nothing"),
         ({"fresh": {"hidden_sizes": 4}}, "fresh has 'hidden_sizes', which the model's config has not"),

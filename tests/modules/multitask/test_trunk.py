@@ -30,10 +30,11 @@ def test_no_future_token_reaches_a_generation_branch(kind, layers, attention):
         assert (gradient[0, : place + 1].abs().sum(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
-def test_every_token_reaches_an_understanding_branch_but_padding(kind):
+def test_every_token_reaches_an_understanding_branch_but_padding(kind, pooling):
     trunk = trunk_of(kind)
-    branch = branch_of(trunk, OBJECTIVES["text"])
+    branch = branch_of(trunk, OBJECTIVES["text"], pooling=pooling)
     view = view_of("bidirectional", rows=2)
     length = int(view["lengths"][1])
     before = branch.scores(trunk, branch.states(trunk, trunk(view), view), view)
