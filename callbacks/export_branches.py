@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ..errors import InputError, nearest
 from ..files import atomic_folder
@@ -28,7 +29,8 @@ class ExportBranches(Callback):
         dtype: Type of the exported weights: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        InputError: If ``dtype`` is unknown; before training, if the module is no ``MultiTask`` or a task is not among its own.
+        InputError: If ``dtype`` is unknown; before training, if the module is no ``MultiTask``, a task is not among its own, or
+            the strategy divides weights.
     """
 
     def __init__(self, folder: str | None = None, *, tasks: list[str] | None = None, dtype: str = "bfloat16") -> None:
@@ -41,6 +43,11 @@ class ExportBranches(Callback):
         """Refuse what cannot be exported, before training."""
         if not isinstance(pl_module, MultiTask):
             raise InputError(f"ExportBranches exports a MultiTask, not a {type(pl_module).__name__}.")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(
+                f"ExportBranches needs whole weights, which {type(trainer.strategy).__name__} may divide. Leave it out of "
+                "trainer.callbacks, or use one device or ddp."
+            )
         for task in self.tasks or []:
             if task not in pl_module.objectives:
                 raise InputError(f"tasks has {task!r}, which the model has not.{nearest(task, pl_module.objectives)}")

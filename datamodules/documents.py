@@ -117,7 +117,7 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet
 
         try:
-            for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+            for batch in pyarrow.parquet.ParquetFile(Path(source).expanduser()).iter_batches():
                 yield from batch.to_pylist()
         except pyarrow.ArrowException as error:
             raise DataError(f"{source} is damaged or no Parquet file ({error}).") from error

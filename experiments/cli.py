@@ -34,7 +34,10 @@ from .runs import DEFAULTS, flag_values, holds_run, new_run_name, resolve_last
 from .trainer import AutoPrecisionTrainer
 
 # A resumed run may differ in these: they change how the same numbers are computed, or what is done with them.
-_FREE_TO_CHANGE = {"compile", "gradient_checkpointing", "loss_chunk_tokens", "attn_implementation", "generation"}
+_FREE_TO_CHANGE = {
+    *("compile", "gradient_checkpointing", "loss_chunk_tokens", "attn_implementation", "generation", "max_new_tokens"),
+}
+_OF_TRAINING = {"optimizer", "lr_scheduler", "branch_rate", "combination", "combination_rate", "loss_weights", "period"}
 log = logging.getLogger("fulgurite")
 _RUN_VARIABLE = "FULGURITE_RUN"  # processes that the launcher starts take the first one's run
 
@@ -124,7 +127,7 @@ class FulguriteCLI(LightningCLI):
         differences = []
         if saved.get("_class_path", given["class_path"]) != given["class_path"]:
             differences.append(f"model is {saved['_class_path']} there, {given['class_path']} here")
-        free = _FREE_TO_CHANGE | (set() if self.config.subcommand == "fit" else {"optimizer", "lr_scheduler"})
+        free = _FREE_TO_CHANGE | (set() if self.config.subcommand == "fit" else _OF_TRAINING)
         for name, value in given.get("init_args", {}).items():
             if name in saved and name not in free and saved[name] != value:
                 differences.append(f"model.{name} is {saved[name]!r} there, {value!r} here")

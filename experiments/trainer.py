@@ -1,11 +1,15 @@
 """The Trainer of the command line, which can choose the precision that the machine computes in at speed."""
 
 import logging
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.fsdp import MixedPrecision
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modules.precision import compute_device, fast_in_bfloat16
 
@@ -35,8 +39,30 @@ def chosen_precision(precision: Precision | None, accelerator: Any = None) -> _P
     return precision
 
 
+class LayerwiseFSDPStrategy(FSDPStrategy):
+    """FSDP of transformers: divided layer by layer, so that one layer at a time is whole, and with buffers in float32.
+
+    Lightning's own takes the model as one unit, and rounds the frequencies of rotary positions to bfloat16.
+
+    Args:
+        settings: See ``FSDPStrategy``.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"auto_wrap_policy": {GradientCheckpointingLayer}, **settings})
+
+    @property
+    def mixed_precision_config(self) -> MixedPrecision | None:
+        """See ``FSDPStrategy``."""
+        config = super().mixed_precision_config
+        return None if config is None else replace(config, buffer_dtype=torch.float32)
+
+
+_SHARDED: dict[str, dict[str, Any]] = {"fsdp": {}, "fsdp_cpu_offload": {"cpu_offload": True}}
+
+
 class AutoPrecisionTrainer(Trainer):
-    """Lightning's Trainer, with ``precision: auto``.
+    """Lightning's Trainer, with ``precision: auto``, and ``strategy: fsdp`` by ``LayerwiseFSDPStrategy``.
 
     Args:
         precision: ``auto`` is ``bf16-mixed`` where the machine multiplies bfloat16 fast, ``32-true`` elsewhere; or a precision of
@@ -45,4 +71,7 @@ class AutoPrecisionTrainer(Trainer):
     """
 
     def __init__(self, *, precision: Precision | None = None, **settings: Any) -> None:
+        strategy = settings.get("strategy")
+        if isinstance(strategy, str) and strategy in _SHARDED:
+            settings["strategy"] = LayerwiseFSDPStrategy(**_SHARDED[strategy])
         super().__init__(precision=chosen_precision(precision, settings.get("accelerator")), **settings)

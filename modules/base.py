@@ -6,8 +6,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
@@ -102,6 +103,15 @@ class PretrainedModule(LightningModule):
         unknown = isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None
         if unknown and self.trainer.train_dataloader is not None:
             scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches) - self._first_step)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as the Trainer is told to; by norm also where FSDP divides the gradients, which Lightning leaves to the module."""
+        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
         """Return the stages of training, with models made of configs alone; called where tensors have no numbers.

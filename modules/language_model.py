@@ -320,6 +320,8 @@ class LanguageModel(PretrainedModule):
             config = AutoConfig.for_model(saved["model_type"]).from_dict(saved)
             self._adopt(self._empty(config))
             return
+        if "state_dict" not in checkpoint:  # FSDP has compared and loaded it
+            return
         ours = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

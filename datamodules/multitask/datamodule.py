@@ -140,11 +140,11 @@ class MultiTaskDataModule(TokenDataModule):
         )
 
     def val_dataloader(self) -> ResumableLoader:
-        """Return all tasks' validation examples, task by task."""
+        """Return all tasks' validation examples, mixed so that the first batches hold the same share of each."""
         return self._stream(_InOrder(self, "val"))
 
     def test_dataloader(self) -> ResumableLoader:
-        """Return all tasks' test examples, task by task."""
+        """Return all tasks' test examples, mixed as those of validation."""
         return self._stream(_InOrder(self, "test"))
 
     def predict_dataloader(self) -> ResumableLoader:
@@ -162,12 +162,16 @@ class _Examples(Dataset):
 
 
 class _InOrder(EpochSampler):
-    """All examples of a split, each on one rank."""
+    """All examples of a split, each on one rank: task by task to predict, else mixed by batches of a task."""
 
     def __init__(self, data: MultiTaskDataModule, split: str) -> None:
-        self.keys = [(name, split, index, index) for name, task in data.tasks.items() for index in range(task.size(split))]
         trainer = data.trainer
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        sizes = {name: task.size(split) for name, task in data.tasks.items()}
+        self.keys = [(name, split, index, index) for name, size in sizes.items() for index in range(size)]
+        if split != "predict":
+            width = data.batch_size * world
+            self.keys.sort(key=lambda key: key[2] // width * width / sizes[key[0]])  # by how far a task is; ties stay as they are
         super().__init__(len(self.keys), shuffle=False, rank=rank, world_size=world)
 
     def __iter__(self):

@@ -275,7 +275,7 @@ class TaggingTask(RowTask):
             own = self.tokenizer(word if place == 0 else f" {word}", add_special_tokens=False).input_ids
             ids += own
             # Without a tag any class marks a word whose class is asked for.
-            targets += [self.classes.index(tag) if tag else 0, *[IGNORED] * (len(own) - 1)][: len(own)]
+            targets += [0 if tag is None else self.classes.index(tag), *[IGNORED] * (len(own) - 1)][: len(own)]
         first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         if first is None and needs_bos(self.tokenizer):
             first = self.tokenizer.bos_token_id
@@ -296,10 +296,10 @@ class GenerationTask(RowTask):
         prompt: Column of the prompt.
         response: Column of the text that follows.
         template: What the model sees of the prompt.
-        length: Tokens of a text at most; longer ones are cut.
+        length: Tokens of a text at most; of longer ones the prompt loses its begin, then the response its end.
 
     Raises:
-        InputError: If a file or column is missing, or a prompt leaves no room for the response.
+        InputError: If a file or column is missing.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ out of order or from elsewhere and words are masked. All branches for understand
 
 import hashlib
 import itertools
+import logging
 import re
 from typing import Literal
 
@@ -20,9 +21,18 @@ from .tasks import SPLITS, Part, Task
 
 Aim = Literal["next_words", "masked_words", "distance", "order"]
 
+log = logging.getLogger(__name__)
+
 DISTANCES = ("adjacent", "same document", "different document")
 ORDERS = [order for count in (1, 2, 3) for order in itertools.permutations(range(count))]  # ERNIE 2.0, arXiv 1907.12412
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
+# What an example is, by whether distance and order are asked: so many segments that follow one another, or two that do not.
+_KINDS: dict[tuple[bool, bool], list[int | str]] = {
+    (True, True): [2, "same", "other", 1, 3],
+    (True, False): [2, "same", "other"],
+    (False, True): [1, 2, 3],
+    (False, False): [2],
+}
 _SPANS = (0.6, 0.3, 0.1)  # of one, two and three words
 
 
@@ -132,11 +142,12 @@ class TextTask(Task):
     def _read(self, source: str, tokenizer: PreTrainedTokenizerBase, split: str) -> list[list[list[int]]]:
         """Return documents of segments of token ids, in the order of the documents' hashes, as far as ``train_tokens`` go."""
         texts = sorted(read_documents(source, self.text_field), key=lambda text: hashlib.sha256(text.encode()).digest())
-        digest, found, tokens = hashlib.sha256(), [], 0
+        digest, found, tokens, left = hashlib.sha256(), [], 0, 0
         for text in texts:
             digest.update(hashlib.sha256(text.encode()).digest())
             sentences = _sentences(text)
             if not sentences or (self.train_tokens is not None and tokens >= self.train_tokens):
+                left += bool(sentences)
                 continue
             ids = [one for one in tokenizer(sentences, add_special_tokens=False).input_ids if one]
             tokens += sum(map(len, ids))
@@ -144,6 +155,9 @@ class TextTask(Task):
                 found.append(_segments(ids, self._room, self.begins))
         if not found:
             raise DataError(f"Task {self.name!r}: {split}={source!r} holds no text.")
+        if left:
+            what = f"{left} of {left + len(found)} documents of {split}={source!r}"
+            log.info("Task %r leaves %s out, as train_tokens=%s", self.name, what, self.train_tokens)
         self.content[f"{self.name}/{split}"] = digest.hexdigest()[:32]
         return found
 
@@ -177,11 +191,11 @@ class TextTask(Task):
             ids = list(itertools.islice(itertools.chain(self.first, *segments), self.length))
             parts.append(Part("causal", ids, [0] * len(ids), {f"{self.name}/next_words": ids}))
         if len(self.aims) > len(parts):
-            parts.append(self._understood(split, index, random))
+            parts.append(self._understood(split, index, draw, random))
         return parts
 
-    def _understood(self, split: str, index: int, random: np.random.Generator) -> Part:
-        segments, distance, order = self._segments(split, index, random)
+    def _understood(self, split: str, index: int, draw: int, random: np.random.Generator) -> Part:
+        segments, distance, order = self._segments(split, index, draw, random)
         room = (self.length - len(self.first) - len(segments)) // len(segments)
         ids, types = [*self.first], [0] * len(self.first)
         words: list[list[int]] = []  # where the tokens of each stand
@@ -204,24 +218,29 @@ class TextTask(Task):
             targets[f"{self.name}/order"] = order
         return Part("bidirectional", ids, types, targets)
 
-    def _segments(self, split: str, index: int, random: np.random.Generator) -> tuple[list[list[int]], int, int]:
-        """Return an example's segments, how far apart they are, and in which order they stand; -100 where that has no sense."""
+    def _segments(self, split: str, index: int, draw: int, random: np.random.Generator) -> tuple[list[list[int]], int, int]:
+        """Return an example's segments, how far apart they are, and in which order they stand; -100 where that has no sense.
+
+        Only two segments have a distance, or their number would tell it. Of a few examples that follow one another each is of
+        another kind, so that a batch has targets of each aim.
+        """
         documents = self.documents[split]
         number, start = self.places[split][index]
         document = documents[number]
-        kind = int(random.integers(3)) if "distance" in self.aims else 0
+        kinds = _KINDS["distance" in self.aims, "order" in self.aims]
+        turn, place = divmod(draw, len(kinds))
+        kind = kinds[np.random.default_rng([self.seed, len(SPLITS), turn]).permutation(len(kinds))[place]]
         here = document[start]
-        if kind == 2 and len(documents) > 1:
+        if kind == "other" and len(documents) > 1:
             other = documents[(number + 1 + int(random.integers(len(documents) - 1))) % len(documents)]
             return [here, other[int(random.integers(len(other)))]], 2, IGNORED
         far = [place for place in range(len(document)) if abs(place - start) > 1]
-        if kind == 1 and far:
+        if kind == "same" and far:
             return [here, document[far[int(random.integers(len(far)))]]], 1, IGNORED
-        most = min(3, len(document) - start)
-        count = int(random.integers(1, most + 1)) if "order" in self.aims else min(2, most)
+        count = min(kind if isinstance(kind, int) else 2, len(document) - start)
         order = tuple(random.permutation(count).tolist()) if "order" in self.aims else tuple(range(count))
         segments = [document[start + place] for place in order]
-        return segments, 0 if count > 1 else IGNORED, ORDERS.index(order) if "order" in self.aims else IGNORED
+        return segments, 0 if count == 2 else IGNORED, ORDERS.index(order) if "order" in self.aims else IGNORED
 
     def _mask(self, ids: list[int], words: list[list[int]], random: np.random.Generator) -> tuple[list[int], list[int]]:
         ids, targets = list(ids), [IGNORED] * len(ids)

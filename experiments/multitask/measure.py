@@ -1,6 +1,7 @@
 """Training on several tasks together and on each alone, and what a step of each combination costs."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -287,7 +288,8 @@ def _stepper(course: Course, combination: str, names: list[str], *, one_task: bo
     optimizer = torch.optim.SGD(module.to(device).parameters(), lr=0.0)
     module.log = lambda *args, **settings: None  # type: ignore[method-assign]
     # The first name's task in both, so that memory differs by the tasks held alone.
-    found = next(one for one in [*taken, *data.train_dataloader()] if not one_task or names[0] in one["views"][0]["targets"])
+    stream = itertools.chain(taken, data.train_dataloader())
+    found = next(one for one in stream if not one_task or names[0] in one["views"][0]["targets"])
     batch = move_data_to_device(found, device)
 
     def take_step() -> None:

@@ -13,6 +13,7 @@ from ...errors import InputError, nearest
 from ..pretrained import load_config
 from .branches import Branch, TransformerBranch
 from .combination import Combination, FeatureWeighting, common_seed
+from .objectives import Objective
 from .trunk import most_tokens
 
 
@@ -34,6 +35,9 @@ def check_tasks(
     """
     for parameter, named in (("branches", branches or {}), ("loss_weights", loss_weights)):
         for name in named:
+            if name in data.tasks and name not in data.objectives:
+                aims = ", ".join(one for one in data.objectives if one.startswith(f"{name}/"))
+                raise InputError(f"{parameter} has {name!r}, which has a branch for each aim. Give theirs: {aims}.")
             if name not in data.objectives:
                 raise InputError(f"{parameter} has {name!r}, which is no task of the data.{nearest(name, data.objectives)}")
     missing = [name for name in data.objectives if branches is not None and name not in branches]
@@ -50,6 +54,27 @@ def check_tasks(
             raise InputError(
                 f"tasks.{name}.length={task.length}: source={source!r} has positions for {most} tokens. Give at most so many."
             )
+
+
+def check_same_tasks(own: dict[str, Objective], there: dict[str, Objective], whose: str, *, all_of_them: bool) -> None:
+    """Raise an InputError if tasks are not those of a model, whose classes are known by their place.
+
+    Args:
+        own: Of the model.
+        there: The others.
+        whose: What has the others.
+        all_of_them: Whether each of the model's must be there.
+    """
+    for name, objective in there.items():
+        if name not in own:
+            raise InputError(f"{whose} is of task {name!r}, which the model has not: it has {', '.join(own)}.")
+        if objective != own[name]:
+            raise InputError(
+                f"Task {name!r} of {whose} is {objective.kind} {list(objective.classes)}, but the model learns {own[name].kind} "
+                f"{list(own[name].classes)}. Give the task's classes in the model's order."
+            )
+    if all_of_them and len(there) < len(own):
+        raise InputError(f"{whose} is of the tasks {', '.join(there)} alone; the model has {', '.join(own)}.")
 
 
 def check_saved_branches(saved: dict[str, str], given: dict[str, Branch] | None) -> None:

@@ -30,18 +30,21 @@ class Jacobian:
             shared: Weights that all tasks share.
             own: Branch of each task.
         """
-        rows: list[tuple[Tensor | None, ...]] = []
+        rows: list[list[Tensor | None]] = []
         self._tasks |= set(losses)
         for name, loss in losses.items():
             branch = _trained(own[name])
             found = torch.autograd.grad(loss, [*shared, *branch], retain_graph=len(rows) < len(losses) - 1, allow_unused=True)
-            rows.append(found[: len(shared)])
+            rows.append(list(found[: len(shared)]))
             for parameter, gradient in zip(branch, found[len(shared) :]):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        for parameter, *gradients in zip(shared, *rows):
-            jacobian = torch.stack([torch.zeros_like(parameter) if row is None else row for row in gradients])
-            parameter.jac = parameter.jac + jacobian if hasattr(parameter, "jac") else jacobian
+        for place, parameter in enumerate(shared):
+            gradients = [torch.zeros_like(parameter) if row[place] is None else row[place] for row in rows]
+            jacobian = torch.stack(gradients)  # type: ignore[arg-type]
+            for row in rows:
+                row[place] = None  # so that all rows are held once
+            parameter.jac = parameter.jac.add_(jacobian) if hasattr(parameter, "jac") else jacobian
 
     def aggregate(self, shared: Sequence[nn.Parameter], own: nn.ModuleDict, *, seed: int, watch: bool) -> Agreement | None:
         """Turn the rows into ``grad`` of the shared weights, and forget them.

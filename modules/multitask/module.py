@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchjd.aggregation import Aggregator, NashMTL
 from torchjd.scalarization import DWA, FAMO, Scalarizer, Sum
@@ -23,7 +24,7 @@ from ..base import PretrainedModule, Rehearsal
 from ..precision import Dtype
 from ..pretrained import load_config
 from .branches import Answer, Branch, Pooling, TransformerBranch, build_branches
-from .checks import check_combination, check_saved_branches, check_tasks
+from .checks import check_combination, check_same_tasks, check_saved_branches, check_tasks
 from .combination import (
     Agreement,
     Combination,
@@ -138,6 +139,8 @@ class MultiTask(PretrainedModule):
             raise InputError("MultiTask needs data that names tasks: trainer.fit(module, MultiTaskDataModule(...)).")
         if self.trunk is None:
             check_tasks(data, self.source.name, self.fresh, self.given, self.loss_weights)
+        else:
+            check_same_tasks(self.objectives, data.objectives, "the data", all_of_them=stage == "fit")
         if stage == "fit":
             check_combination(self.combination, data, self.trainer.strategy, self.trainer.precision)
 
@@ -208,7 +211,8 @@ class MultiTask(PretrainedModule):
         self._losses = {name: answer.loss * self.loss_weights.get(name, 1.0) for name, answer in answers.items()}
         losses = torch.stack(list(self._losses.values()))
         for name, answer in answers.items():
-            self.log(f"train_loss/{name}", answer.loss.detach(), batch_size=max(1, answer.count))
+            if answer.count:
+                self.log(f"train_loss/{name}", answer.loss.detach(), batch_size=answer.count)
         self.log("train_loss", losses.detach().sum(), prog_bar=True)
         if isinstance(self.combination, FAMO):
             self._last_batch = batch
@@ -240,7 +244,8 @@ class MultiTask(PretrainedModule):
     @property
     def _should_log(self) -> bool:
         # As Lightning's loggers count.
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def _log_agreement(self, found: Agreement | None) -> None:
         if found is None or not self._should_log:
@@ -351,9 +356,7 @@ class MultiTask(PretrainedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the model depends on: the trunk's config and the tasks."""
         assert self.trunk is not None
-        random = {"cpu": torch.get_rng_state()}  # of dropout
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         checkpoint["fulgurite_multitask"] = {
             "config": self.trunk.model.config.to_dict(),
             "objectives": {name: [own.kind, list(own.classes)] for name, own in self.objectives.items()},
@@ -361,7 +364,7 @@ class MultiTask(PretrainedModule):
             "combination": combination_name(self.combination),
             "combination_state": combination_state(self.combination),
             "told": self._told,
-            "random": random,
+            "random": {"cpu": torch.get_rng_state(), **cuda},  # of dropout
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -378,22 +381,19 @@ class MultiTask(PretrainedModule):
             check_saved_branches(saved["branches"], self.given)
             config = AutoConfig.for_model(saved["config"]["model_type"]).from_dict(saved["config"])
             self._build(objectives, trunk_of_config(config, self.weights))
-            for name in [name for name in checkpoint["state_dict"] if name.startswith("combination.")]:
-                if name not in self.state_dict():  # what combined the losses of that run is not asked for
-                    del checkpoint["state_dict"][name]
+        check_same_tasks(self.objectives, objectives, "the checkpoint", all_of_them=True)
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:  # what combined the losses is not asked for
+            mine = {f"combination.{name}": value for name, value in self.combination.state_dict().items()}
+            others = {name: one for name, one in checkpoint.get("state_dict", {}).items() if not name.startswith("combination.")}
+            checkpoint["state_dict"] = others | mine
             return
-        if objectives != self.objectives:
-            raise InputError(
-                f"The checkpoint is of other tasks: {', '.join(objectives)}, with their classes; here are "
-                f"{', '.join(self.objectives)}. Give the data of the run that wrote it."
-            )
         name = combination_name(self.combination)
         if name != saved["combination"]:
             raise InputError(
                 f"combination={name}, but the run that wrote the checkpoint had {saved['combination']}. Give that one to go on."
             )
         if isinstance(self.combination, FAMO | NashMTL):
-            log.warning("%s weighs anew: what it remembers cannot be kept in a checkpoint", type(self.combination).__name__)
+            log.warning("%s begins anew but for its weights: a checkpoint cannot keep the rest", type(self.combination).__name__)
         else:
             self._remembered = saved["combination_state"]
         self._told, self._random = saved.get("told", 0), saved["random"]

@@ -1,5 +1,6 @@
 """Two processes: capture, training and resuming under DDP."""
 
+import csv
 import json
 import os
 import subprocess
@@ -14,10 +15,23 @@ from fulgurite.datamodules.soft_labels import SoftLabelStore
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=false"]
 
 
-def fulgurite(folder, *words):
-    code = "import sys; from fulgurite.experiments.main import main; main()"
+# FSDP asks for a GPU before it looks whether it needs one; whole weights cannot be gathered without one.
+FSDP_ON_CPU = """
+import torch
+from torch.distributed.fsdp import fully_sharded_data_parallel
+from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
+
+def handle(state, *_):
+    state._device_handle = _FSDPDeviceHandle.from_device(torch.device("cpu"))
+
+fully_sharded_data_parallel._init_device_handle = handle
+"""
+
+
+def fulgurite(folder, *words, before=""):
+    code = "from fulgurite.experiments.main import main; main()"
     script = folder / "command.py"
-    script.write_text(f'if __name__ == "__main__":\n    {code}\n')
+    script.write_text(f'{before}\nif __name__ == "__main__":\n    {code}\n')
     done = subprocess.run(
         [sys.executable, str(script), *words], cwd=folder, env=os.environ, capture_output=True, text=True, timeout=400
     )
@@ -62,3 +76,26 @@ def test_two_ranks_capture_train_and_resume(tmp_path, text_file):
         assert torch.equal(tensor, parts["state_dict"][name]), name
     assert json.loads((folder / "whole" / "environment.json").read_text())["seed"] == 0
     assert len(list(folder.iterdir())) == 2  # both processes used one run folder
+
+
+@pytest.mark.slow
+def test_divided_weights_are_trained_as_whole_ones(tmp_path, text_file):
+    fit = [
+        "fit",
+        "-c",
+        "language_model/finetune",
+        "--model.source=random:tiny",
+        f"--data.train={text_file}",
+        "--data.block_size=64",
+    ]
+    fit += ["--data.batch_size=1", *TWO, "--trainer.max_steps=6", "--trainer.precision=32-true", "--model.optimizer.lr=0.01"]
+    fit += ["--trainer.gradient_clip_val=0.05", "--trainer.callbacks=[]", "--trainer.enable_checkpointing=false"]
+    fit += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.log_every_n_steps=1"]
+    losses = []
+    for strategy in ("fsdp", "ddp"):
+        words = [*fit, f"--trainer.strategy={strategy}", f"--trainer.logger.name={strategy}", f"--run={strategy}"]
+        fulgurite(tmp_path, *words, before=FSDP_ON_CPU)
+        rows = csv.DictReader((tmp_path / strategy / "version_0/metrics.csv").read_text().splitlines())
+        losses.append([float(row["train_loss"]) for row in rows if row["train_loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.05

@@ -1,5 +1,6 @@
 """What the user gives, and the examples that come of it."""
 
+import collections
 import csv
 import json
 from pathlib import Path
@@ -184,6 +185,16 @@ def test_text_sets_its_own_tasks(texts):
     assert orders == {-100, *range(len(ORDERS))}
 
 
+def test_documents_that_are_left_out_are_said(texts, caplog):
+    caplog.set_level("INFO")
+    opened(TextTask(texts, length=90, val_rows=5))
+    assert "leaves" not in caplog.text
+    task = opened(TextTask(texts, length=90, val_rows=5, train_tokens=500))
+    total = len(Path(texts).read_text().splitlines())
+    read = len(task.documents["train"]) + len(task.documents["val"])
+    assert f"leaves {total - read} of {total} documents of train='{texts}' out, as train_tokens=500" in caplog.text
+
+
 def test_long_sentences_are_read_to_their_end(tmp_path):
     words = [f"w{number}" for number in range(200)]
     rows = [{"text": f"{' '.join(words)}. The end {number}."} for number in range(4)]
@@ -224,9 +235,26 @@ def test_distance_and_order_are_true(texts):
             assert first[0] == rest[0][0]
             assert abs(first[1] - rest[0][1]) > 1
         else:
+            assert target == (0 if len(found) == 2 else -100), "the number of segments would tell the distance"
             places = [place for _, place in found]
             assert {number for number, _ in found} == {first[0]}
             assert ORDERS[part.targets["task/order"]] == tuple(place - min(places) for place in places)
+
+
+@pytest.mark.parametrize(("aims", "kinds"), [(["distance", "order"], 5), (["distance"], 3), (["order"], 3)])
+def test_few_draws_have_every_kind_alike(texts, aims, kinds):
+    task = opened(TextTask(texts, length=90, aims=aims))
+    index = next(place for place, (_, start) in enumerate(task.places["train"]) if start == 0)
+    found = {aim: collections.Counter() for aim in aims}
+    for turn in range(20):
+        parts = [task.example("train", index, draw)[0].targets for draw in range(turn * kinds, (turn + 1) * kinds)]
+        for aim in aims:
+            found[aim].update(own := [targets[f"task/{aim}"] for targets in parts if targets[f"task/{aim}"] != -100])
+            assert len(own) == 3
+    if "distance" in aims:
+        assert found["distance"] == {0: 20, 1: 20, 2: 20}
+    if "order" in aims:
+        assert found["order"][0] == 20  # one segment; as many have two, and three
 
 
 def test_whole_words_are_masked(texts):

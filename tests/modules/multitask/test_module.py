@@ -2,16 +2,19 @@
 
 import json
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torchjd.scalarization import FAMO, UW, Mean
 from transformers import AutoModelForCausalLM
 
 from fulgurite.callbacks import ExportBranches, TaskSchedule, TextWriter, TokenRate
+from fulgurite.errors import InputError
 from fulgurite.experiments.cli import run
-from fulgurite.modules import MultiTask, TransformerBranch
+from fulgurite.modules import FeatureWeighting, MultiTask, TransformerBranch
 from fulgurite.modules.multitask.trunk import load_trunk
 from fulgurite.modules.optimizers import MuonAdamW
 
@@ -34,6 +37,21 @@ def test_every_combination_trains_trunk_and_branches(data, name):
     if name in ("features", "upgrad"):
         assert {f"weight/{task}" for task in NAMES} <= set(trainer.callback_metrics)
     assert trainer.callback_metrics["cosine/text/distance~text/order"].abs() <= 1
+
+
+def test_nothing_is_logged_where_nothing_is_asked_for(data):
+    assert fit(model(FeatureWeighting()), data(), 1, log_every_n_steps=0).global_step == 1
+
+
+def test_first_batches_of_validation_have_a_share_of_each_task(data):
+    trainer = fit(model(), data(), 1, limit_val_batches=2, val_check_interval=1)
+    assert {f"val_loss/{task}" for task in NAMES} <= set(trainer.callback_metrics)
+
+
+def test_branches_of_divided_weights_are_not_exported(data):
+    trainer = mock.Mock(strategy=FSDPStrategy())
+    with pytest.raises(InputError, match="ExportBranches needs whole weights, which FSDPStrategy may divide"):
+        ExportBranches().on_fit_start(trainer, model())
 
 
 def test_tasks_are_learnt(data):

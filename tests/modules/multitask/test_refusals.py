@@ -30,6 +30,10 @@ def no_weights(monkeypatch):
         ({"branches": {"parity": TransformerBranch()}}, "branches has none for task 'text/next_words'"),
         ({"branches": {"other": TransformerBranch()}}, "branches has 'other', which is no task of the data"),
         ({"loss_weights": {"parities": 1.0}}, "loss_weights has 'parities', which is no task of the data"),
+        (
+            {"loss_weights": {"text": 2.0}},
+            "loss_weights has 'text', which has a branch for each aim. Give theirs: text/next_words",
+        ),
         ({"loss_weights": {"parity": -1.0}}, "loss_weights.parity=-1.0 is below 0"),
         ({"branch_layers": -1}, "branch.layers=-1 is below 0"),
         ({"combination_rate": 0.0}, "combination_rate=0.0: the combination would learn nothing. Legal: above 0"),

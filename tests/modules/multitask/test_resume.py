@@ -85,14 +85,14 @@ def test_what_no_checkpoint_can_keep_begins_anew(data, tmp_path, caplog, make):
     fit(model(make()), data(), 2).save_checkpoint(tmp_path / "two.ckpt")
     resumed = model(make())
     assert fit(resumed, data(), 4, ckpt_path=tmp_path / "two.ckpt").global_step == 4
-    assert "weighs anew" in caplog.text
+    assert "begins anew but for its weights" in caplog.text
     assert getattr(getattr(resumed.combination, "weighting", None), "step", 2) == 2  # those of this run
 
 
 def test_a_checkpoint_of_other_tasks_is_refused(data, table, tmp_path):
     fit(model(), data(), 1).save_checkpoint(tmp_path / "one.ckpt")
     other = MultiTaskDataModule({"parity": ClassificationTask(TableRows(table))}, batch_size=6)
-    with pytest.raises(InputError, match="The checkpoint is of other tasks: text/next_words"):
+    with pytest.raises(InputError, match="the checkpoint is of"):
         fit(model(), other, 2, ckpt_path=tmp_path / "one.ckpt")
 
 
@@ -101,6 +101,31 @@ def test_another_combination_cannot_go_on(data, tmp_path):
     for other in (DWA(), FeatureWeighting()):
         with pytest.raises(InputError, match=r"combination=.*, but the run that wrote the checkpoint had DWA\(temperature=3.0\)"):
             fit(model(other), data(), 2, ckpt_path=tmp_path / "one.ckpt")
+
+
+@pytest.mark.parametrize("other", [FeatureWeighting, lambda: UW(5), lambda: None])
+def test_what_does_not_train_needs_no_combination_of_the_run(data, tmp_path, other):
+    module = model(UW(5))
+    fit(module, data(), 1).save_checkpoint(tmp_path / "one.ckpt")
+    reader, again = Trainer(limit_predict_batches=1, **QUIET), model(other())
+    assert reader.predict(again, data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    for name, tensor in again.state_dict().items():
+        if not name.startswith("combination."):
+            assert torch.equal(tensor, module.state_dict()[name])
+
+
+def test_a_loaded_model_refuses_data_of_other_classes(data, table, tmp_path):
+    fit(model(), data(), 1).save_checkpoint(tmp_path / "one.ckpt")
+    loaded = MultiTask.load_from_checkpoint(tmp_path / "one.ckpt")
+    same = MultiTaskDataModule({"parity": ClassificationTask(TableRows(table))})
+    assert Trainer(limit_val_batches=1, **QUIET).validate(loaded, same, verbose=False)
+    other = MultiTaskDataModule({"parity": ClassificationTask(TableRows(table), classes=["yes", "no"])})
+    with pytest.raises(
+        InputError, match=r"'parity' of the data is sequence \['yes', 'no'\], but the model learns sequence \['no', 'y"
+    ):
+        Trainer(**QUIET).validate(loaded, other)
+    with pytest.raises(InputError, match="the data is of the tasks parity alone; the model has text/next_words"):
+        fit(loaded, MultiTaskDataModule({"parity": ClassificationTask(TableRows(table))}), 1)
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 7}, {"temperature": 1.0}, {"shares": {"text": 1.0, "parity": 2.0}}])
