@@ -44,7 +44,8 @@ class Jacobian:
             jacobian = torch.stack(gradients)  # type: ignore[arg-type]
             for row in rows:
                 row[place] = None  # so that all rows are held once
-            parameter.jac = parameter.jac.add_(jacobian) if hasattr(parameter, "jac") else jacobian
+            before = getattr(parameter, "jac", None)
+            parameter.jac = jacobian if before is None else before.add_(jacobian)  # type: ignore[attr-defined]
 
     def aggregate(self, shared: Sequence[nn.Parameter], own: nn.ModuleDict, *, seed: int, watch: bool) -> Agreement | None:
         """Turn the rows into ``grad`` of the shared weights, and forget them.

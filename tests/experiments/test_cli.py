@@ -213,7 +213,7 @@ def test_torchrun_takes_the_command_of_the_page_about_large_models():
     taken = get_args_parser().parse_args(command.split())
     assert taken.no_python
     assert taken.training_script == "fulgurite"
-    assert parse(taken.training_script_args).run == "seven"
+    assert parse(taken.training_script_args).run == "seven_on_two"
 
 
 def test_command_line_that_contradicts_the_checkpoint_is_refused(inputs):

@@ -41,6 +41,7 @@ def start(tmp_path, monkeypatch, text_file):
     return run
 
 
+@pytest.mark.slow
 def test_a_study_is_the_same_twice_and_goes_on(start, tmp_path, capsys):
     done = start()
     assert len(done["trials"]) == 4
@@ -95,6 +96,7 @@ def test_settings_that_do_not_go_together_are_recorded_after_a_trial_that_went_w
     assert sorted(trial["state"] for trial in done["trials"]) == ["complete", "complete", "error"]
 
 
+@pytest.mark.slow
 def test_a_corrected_sweep_begins_anew_while_nothing_was_found(start):
     with pytest.raises(SystemExit):
         start(metric="val_lss")

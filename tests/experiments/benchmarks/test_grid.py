@@ -52,6 +52,7 @@ def test_cells_are_run_once_and_a_failed_one_does_not_stop_the_rest(bench, text_
     assert next(plan.results.glob("*.json")).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_each_seed_has_its_own_products_and_a_model_that_is_there_is_only_evaluated(bench, text_file):
     def change(spec):
         spec["products"]["tuned"]["seeded"] = True
