@@ -34,9 +34,9 @@ from .runs import DEFAULTS, flag_values, holds_run, new_run_name, resolve_last
 from .trainer import AutoPrecisionTrainer
 
 # A resumed run may differ in these: they change how the same numbers are computed, or what is done with them.
-_FREE_TO_CHANGE = {
-    *("compile", "gradient_checkpointing", "loss_chunk_tokens", "attn_implementation", "generation", "max_new_tokens"),
-}
+_FREE_TO_CHANGE = {"compile", "gradient_checkpointing", "loss_chunk_tokens", "attn_implementation"}
+_FREE_TO_CHANGE |= {"generation", "max_new_tokens"}
+# And other commands than fit in these.
 _OF_TRAINING = {"optimizer", "lr_scheduler", "branch_rate", "combination", "combination_rate", "loss_weights", "period"}
 log = logging.getLogger("fulgurite")
 _RUN_VARIABLE = "FULGURITE_RUN"  # processes that the launcher starts take the first one's run
