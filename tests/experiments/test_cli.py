@@ -112,8 +112,10 @@ def fit(words, monkeypatch=None, stop_at=None):
 CALLBACKS = "--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 7, save_last: true}}]"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [7, 21, 84])  # within the first epoch (45 steps), and in the second
+@pytest.mark.parametrize(  # within the first epoch (45 steps), and in the second
+    ("stop", "workers"),
+    [(21, 2), (84, 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(7, 0), (7, 2), (21, 0), (84, 2)])],
+)
 def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(inputs, stop, workers):
     words = [*inputs["distillation/student"], CALLBACKS, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2"]
     words += [f"--data.num_workers={workers}", "--data.batch_size=2", "--model.lr_scheduler.total_steps=100"]

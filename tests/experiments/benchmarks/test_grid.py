@@ -74,6 +74,7 @@ def test_each_seed_has_its_own_products_and_a_model_that_is_there_is_only_evalua
     assert "tokens" not in once["cost"]
 
 
+@pytest.mark.slow
 def test_what_functions_read_by_themselves_stands_in_the_result(bench, text_file, tmp_path):
     step = {"command": "measure", "function": "offsite.tasks:write_task"}
     settings = {"data": "{data}", "folder": "{run}/rows", "train_rows": 2, "test_rows": 1}
@@ -115,6 +116,7 @@ def test_wrong_command_lines_are_refused_before_the_first_job(bench, text_file, 
     assert not list((tmp_path / "runs").rglob("job.json"))
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_not_produced_is_refused_by_name(bench, text_file, capsys):
     def change(spec):
         spec["variants"].pop("slow")
