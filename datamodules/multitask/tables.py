@@ -116,7 +116,7 @@ def _separated(path: Path, columns: list[str] | None) -> list[Row]:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise DataError(f"{path}: the column {min(twice)!r} is named twice. Give each its own name, or name them by columns.")
-    for number, line in enumerate(lines, 1 if columns else 2):
+    for number, line in enumerate(lines, 1):
         if len(line) != len(names):
             raise DataError(
                 f"{path}, row {number}: {len(line)} columns, not the {len(names)} of {', '.join(names)}. Where the first line "

@@ -94,6 +94,17 @@ def test_the_first_token_of_a_word_carries_its_tag(tmp_path):
     assert found["g"] == [1]
 
 
+def test_a_run_goes_on_with_other_rows_to_test_and_to_predict_but_not_to_train(tmp_path):
+    rows, more = table(tmp_path / "a.csv", SENTIMENTS), table(tmp_path / "b.csv", SENTIMENTS[2:])
+
+    def content(train, **others):
+        data = MultiTaskDataModule({"one": ClassificationTask(TableRows(train, **others))}, tokenizer="random:tiny")
+        data.setup()
+        return data.train_dataloader().content
+
+    assert content(rows) == content(rows, test=more, predict=more) != content(more)
+
+
 def test_numbers_are_classes_by_size(tmp_path):
     rows = [{"text": f"{number}", "label": number % 11} for number in range(40)]
     task = opened(ClassificationTask(TableRows(table(tmp_path / "a.csv", rows), val=table(tmp_path / "b.csv", rows))))
@@ -327,6 +338,14 @@ def test_a_label_that_only_validation_has_is_refused(tmp_path):
 def test_a_row_without_text_is_refused(tmp_path):
     rows = table(tmp_path / "a.csv", [*SENTIMENTS, {"text": " ", "label": "good"}])
     with pytest.raises(InputError, match="row 21: no text in the column text='text'"):
+        opened(ClassificationTask(TableRows(rows)))
+
+
+def test_a_row_with_other_columns_is_counted_as_all_are(tmp_path):
+    rows = table(tmp_path / "a.csv", SENTIMENTS)
+    with open(rows, "a") as file:
+        file.write("one alone\n")
+    with pytest.raises(InputError, match="row 21: 1 columns, not the 2 of text, label"):
         opened(ClassificationTask(TableRows(rows)))
 
 
