@@ -53,7 +53,7 @@ class MuonAdamW(Optimizer):
         if matrices:
             parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum))
         if rest:
-            parts.append(AdamW(rest, lr=adamw_lr, weight_decay=weight_decay))
+            parts.append(AdamW(rest, lr=adamw_lr, weight_decay=weight_decay, fused=True))
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._share()
 

@@ -31,7 +31,7 @@ def test_steps_are_those_of_muon_on_matrices_and_of_adamw_on_the_rest() -> None:
     net, plain = model(), model()
     ours = MuonAdamW(net.parameters(), lr=0.02, adamw_lr=0.003, weight_decay=0.01)
     matrices, rest = apart(plain)
-    theirs = [Muon(matrices, lr=0.02, weight_decay=0.01), AdamW(rest, lr=0.003, weight_decay=0.01)]
+    theirs = [Muon(matrices, lr=0.02, weight_decay=0.01), AdamW(rest, lr=0.003, weight_decay=0.01, fused=True)]
     for step in range(4):
         for some in (net, plain):
             gradients(some, step)
