@@ -79,7 +79,7 @@ class PretrainedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        optimizer = self._made(self.optimizer)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -88,6 +88,13 @@ class PretrainedModule(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             settings |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def _made(self, make: OptimizerCallable) -> Optimizer:
+        """Return an optimizer of all that is trained."""
+        optimizer = make([parameter for parameter in self.parameters() if parameter.requires_grad])
+        # Fused ones can undo a loss scale by themselves, so that Lightning would not clip under any mixed precision.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return optimizer
 
     def on_train_start(self) -> None:
         """Tell schedules how long the run is."""

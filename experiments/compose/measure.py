@@ -1,6 +1,7 @@
 """What models cost that several methods have made, one after another, beside the model that they come from."""
 
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,7 @@ def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit
         folder: Where the trained model goes.
 
     Returns:
-        ``step_seconds``, the median of the steps behind the warm-up, and ``sent_bytes``, what a rank sends in a step, headers and
-        all.
+        ``step_seconds``, and ``sent_bytes``, what a rank sends, headers and all: medians of the steps behind the warm-up.
     """
     callbacks: list[dict[str, Any]] = [{"class_path": _EXPORT, "init_args": {"folder": folder, "dtype": "float32"}}]
     if pruned:
@@ -96,21 +96,24 @@ def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit
         callbacks.append({"class_path": PRUNING, "init_args": settings})
     log = train_over_link("compose/two_ranks", callbacks, link, ranks, steps, seed, fit.split())
     seconds = [step["seconds"] for step in log["steps"][3:]]
-    return {"step_seconds": statistics.median(seconds), "sent_bytes": log["sent_bytes"] / steps}
+    sent = [after["sent_bytes"] - before["sent_bytes"] for before, after in pairwise(log["steps"])][2:]
+    return {"step_seconds": statistics.median(seconds), "sent_bytes": statistics.median(sent)}
 
 
-def offsite(*, emulator: str, **settings: Any) -> dict[str, Any]:
+def offsite(*, emulator: str | None, **settings: Any) -> dict[str, Any]:
     """Tune a prefix on an emulator and plug it into the whole model.
 
     Args:
-        emulator: Folder of the emulator.
+        emulator: Folder of the emulator; None measures the whole model without a prefix.
         settings: As for ``offsite.measure.rung``.
 
     Returns:
         ``accuracy`` of the whole model with the prefix; ``parameters`` of the emulator; ``fetched_bytes``, its files. And the
         emulator's hash.
     """
-    found = rung(emulator=emulator, kind="plug-in", **settings)
+    found = rung(emulator=emulator or "", kind="plug-in" if emulator else "zero", **settings)
+    if emulator is None:
+        return {"metrics": {"accuracy": found["accuracy"]}}
     files = sum(file.stat().st_size for file in Path(emulator).iterdir() if file.is_file())
     parameters, fingerprint = _size_and_hash(emulator)
     figures = {"accuracy": found["accuracy"], "parameters": parameters, "fetched_bytes": files}

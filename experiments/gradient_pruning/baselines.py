@@ -42,7 +42,7 @@ class CompressionHook(Callback):
 
 
 class StepLog(Callback):
-    """Writes when each step ended, in seconds of training alone, with what was logged of it and each validation loss.
+    """Writes when each step ended, in seconds of training alone, with what was sent until then, what was logged, and losses.
 
     Args:
         file: JSON file that rank 0 writes when training ends.
@@ -65,7 +65,7 @@ class StepLog(Callback):
         self.seconds += step
         names = ("prune_rate", "exposed_seconds", "bandwidth_mbit", "packing_seconds")
         logged = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-        self.steps.append({"at": self.seconds, "clock": time.time(), "seconds": step, **logged})
+        self.steps.append({"at": self.seconds, "clock": time.time(), "seconds": step, "sent_bytes": _sent_bytes(), **logged})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a validation loss."""
@@ -77,6 +77,12 @@ class StepLog(Callback):
         """Write the file."""
         if trainer.is_global_zero:
             write_json(self.file, {"steps": self.steps, "validations": self.validations})
+
+
+def _sent_bytes() -> int:
+    """Return what this process's network has sent over links, headers included."""
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines if not line.strip().startswith("lo:"))
 
 
 def read_log(file: Path) -> dict[str, list[dict[str, float]]]:

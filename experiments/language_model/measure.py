@@ -4,9 +4,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ...errors import InputError
@@ -23,6 +25,8 @@ class _StepTimes(Callback):
         self.begin = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.begin)
 
 
@@ -44,7 +48,9 @@ def estimated(*, config: str, steps: int, seed: int, settings: dict[str, Any]) -
     needs = run([*words, "--dry_run=true"]).needs
     quiet = ["logger=false", "limit_val_batches=0", "enable_progress_bar=false", "callbacks=null", "enable_checkpointing=false"]
     times = _StepTimes()
-    memory = extra_memory(lambda: run([*words, *(f"--trainer.{setting}" for setting in quiet)], callbacks=[times]))
+    with tempfile.TemporaryDirectory() as folder:
+        words += [f"--runs_folder={folder}", *(f"--trainer.{setting}" for setting in quiet)]
+        memory = extra_memory(lambda: run(words, callbacks=[times]), interval=0.01)
     said, seconds = max(need.memory for need in needs), statistics.median(times.seconds[1:])
     return {
         "memory_said": float(said),

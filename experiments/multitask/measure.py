@@ -18,12 +18,12 @@ from ...callbacks import TaskSchedule, TokenRate
 from ...datamodules import ClassificationTask, MultiTaskDataModule, TextTask
 from ...datamodules.multitask import TableRows, Task
 from ...errors import InputError, nearest
-from ...files import atomic_folder, cache_folder, digest, write_json
+from ...files import cache_folder, digest, write_json
 from ...modules import FeatureWeighting, MultiTask, WarmupCosine
 from ...modules.multitask import LeastSquaresProjector
 from ...modules.precision import compute_device
 from ..benchmarks.fingerprints import code_version
-from ..measuring import extra_memory, pairs
+from ..measuring import extra_memory, made_once, pairs
 
 COMBINATIONS: dict[str, Callable[[int], Any]] = {
     "sum": lambda tasks: Sum(),
@@ -155,15 +155,16 @@ class Course:
         key += [self.limit, self.precision]
         files = [place for name in self.names for place in (_TABLES[name][0][:2] if name in _TABLES else _WORDS)]
         contents = [hashlib.sha256((self.data / place).read_bytes()).hexdigest() for place in files]
-        folder = cache_folder("multitask", digest([key, self.seed, contents, code_version()]))
-        if not folder.is_dir():
+
+        def make(folder: Path) -> None:
             found: dict[str, float] = {"tokens": 0.0}
             for name in self.names:
                 figures = self.run([name], "sum", rate=self.alone_rate)
                 found["tokens"] += figures.pop("tokens")
                 found |= figures
-            with atomic_folder(folder) as new:
-                write_json(new / "alone.json", found)
+            write_json(folder / "alone.json", found)
+
+        folder = made_once(cache_folder("multitask", digest([key, self.seed, contents, code_version()])), make)
         return json.loads((folder / "alone.json").read_text("utf-8"))
 
 

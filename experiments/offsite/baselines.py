@@ -15,14 +15,18 @@ class PeftTuning(OffsitePrefixTuning):
 
     Args:
         source: The whole model.
-        method: ``lora``, rank 8 on all projections, or ``prefix``.
-        length: Virtual tokens of ``prefix``.
+        method: ``lora``, rank 8 on all projections; ``prefix``, which begins as noise; or ``text-prefix``, which begins, as ours,
+            as the keys and values of random tokens.
+        length: Virtual tokens of a prefix.
+        seed: Of the random tokens.
         settings: Of ``OffsitePrefixTuning``.
     """
 
-    def __init__(self, source: str, method: Literal["lora", "prefix"], length: int, **settings: Any) -> None:
+    def __init__(
+        self, source: str, method: Literal["lora", "prefix", "text-prefix"], length: int, *, seed: int = 0, **settings: Any
+    ) -> None:
         super().__init__(source, prefix=None, **settings)
-        self.method, self.virtual = method, length
+        self.method, self.virtual, self.seed = method, length, seed
         self._peft: list[Any] = []
 
     def setup(self, stage: str) -> None:
@@ -40,6 +44,12 @@ class PeftTuning(OffsitePrefixTuning):
             return
         config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual)
         wrapped = peft.get_peft_model(model, config)
+        if self.method == "text-prefix":
+            generator = torch.Generator().manual_seed(self.seed)
+            ids = torch.randint(0, int(model.config.vocab_size), (1, self.virtual), generator=generator)
+            with torch.no_grad():
+                past = model.base_model(input_ids=ids, use_cache=True).past_key_values
+            peft.initialize_kv_prefix_from_past_key_values(wrapped, past_key_values=past)
         self.encoder = wrapped.prompt_encoder.float()
         self._peft = [wrapped]
 

@@ -36,7 +36,16 @@ class Inverter(nn.Module):
 
 
 def inversion(
-    *, seed: int, source: str, cut: int, noise: float, public: str, private: str, public_tokens: int, private_tokens: int
+    *,
+    seed: int,
+    source: str,
+    cut: int,
+    noise: float,
+    public: str,
+    private: str,
+    public_tokens: int,
+    private_tokens: int,
+    passes: int = 2,
 ) -> dict[str, float]:
     """Return how many tokens of a private text an attack recovers from the states behind a party's layers.
 
@@ -52,6 +61,7 @@ def inversion(
         private: Text to attack.
         public_tokens: Of the former.
         private_tokens: Of the latter.
+        passes: Over the public text.
     """
     torch.manual_seed(seed)
     model = load_model(source, "float32").requires_grad_(False)
@@ -66,7 +76,7 @@ def inversion(
     inverter = Inverter(states.shape[-1])
     rate, batch = 1e-3, 2
     optimizer = torch.optim.AdamW(inverter.parameters(), lr=rate)
-    orders = [torch.randperm(len(ids)).split(batch) for _ in range(2)]
+    orders = [torch.randperm(len(ids)).split(batch) for _ in range(passes)]
     steps = [rows for order in orders for rows in order]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(steps))
     for rows in track(steps, description="Training the attack"):
@@ -81,6 +91,21 @@ def inversion(
             for own, one in zip(hidden.split(8), seen.split(8))
         ]
     return {"recovered": float(torch.cat(right).float().mean())}
+
+
+def guess(*, seed: int, source: str, public: str, private: str, public_tokens: int, private_tokens: int) -> dict[str, float]:
+    """Return how many tokens of a private text are the commonest one of the public text: what is recovered from nothing.
+
+    Args:
+        seed: Not used: nothing is drawn.
+        source: The model.
+        public: See ``inversion``.
+        private: See ``inversion``.
+        public_tokens: Of the former.
+        private_tokens: Of the latter.
+    """
+    known, hidden = _blocks(public, public_tokens, source), _blocks(private, private_tokens, source)
+    return {"recovered": float((hidden == known.flatten().mode().values).float().mean())}
 
 
 def labels(*, seed: int, source: str, private: str, private_tokens: int) -> dict[str, float]:

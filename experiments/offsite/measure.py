@@ -1,9 +1,10 @@
 """The rungs of the ladder from no tuning to tuning of the whole model, for ``benchmark offsite``."""
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from ...callbacks import TokenRate
 from ...datamodules import PartyDataModule
 from ...errors import InputError, nearest
-from ...files import atomic_folder, cache_folder, digest
+from ...files import atomic_folder, cache_folder, digest, write_json
 from ...modules import OffsitePrefixTuning, WarmupCosine
 from ...modules.offsite import EmulatorManifest, ModelPart, Prefix, PrefixSettings
 from ...modules.offsite.averaging import average_prefixes
@@ -21,6 +22,7 @@ from ...modules.offsite.remote import LocalOwner
 from ...modules.precision import Dtype, compute_device
 from ...modules.pretrained import load_model
 from ..benchmarks.fingerprints import code_version
+from ..measuring import made_once
 from .baselines import PeftTuning
 from .tasks import CANDIDATES
 
@@ -34,8 +36,14 @@ RUNGS = (
     "federated",
     "central",
     "peft-prefix",
+    "peft-text-prefix",
     "lora",
 )
+_PEFT: dict[str, Literal["lora", "prefix", "text-prefix"]] = {
+    "peft-prefix": "prefix",
+    "peft-text-prefix": "text-prefix",
+    "lora": "lora",
+}
 
 
 class Ladder:
@@ -66,7 +74,7 @@ class Ladder:
         self.full, self.emulator, self.prefix, self.seed = full, emulator, prefix, seed
         self.common: dict[str, Any] = {"candidates": CANDIDATES[task], "weights": weights}
         files: dict[str, Any] = {"train": str(Path(rows) / "train.jsonl"), "val": str(Path(rows) / "test.jsonl")}
-        self.data = partial(PartyDataModule, **files, batch_size=batch_size, max_length=512, seed=seed)
+        self.data = partial(PartyDataModule, **files, batch_size=batch_size, max_length=512)
         self.tokens = 0
 
     def rows(self, **data: Any) -> int:
@@ -76,8 +84,8 @@ class Ladder:
         assert found.train_set is not None
         return len(found.train_set)  # type: ignore[arg-type]
 
-    def fit(self, module: LightningModule, steps: int, **data: Any) -> LightningModule:
-        """Train for some steps."""
+    def fit(self, module: LightningModule, steps: int, phase: int = 0, **data: Any) -> LightningModule:
+        """Train for some steps; rows come in another order in each phase."""
         rate = TokenRate()
         quiet: dict[str, Any] = {
             "logger": False,
@@ -86,7 +94,7 @@ class Ladder:
             "limit_val_batches": 0,
         }
         trainer = Trainer(max_steps=steps, max_epochs=-1, precision="32-true", gradient_clip_val=1.0, callbacks=[rate], **quiet)
-        trainer.fit(module, self.data(**data))
+        trainer.fit(module, self.data(**data, seed=100 * self.seed + phase))
         self.tokens += rate.tokens
         return module
 
@@ -123,15 +131,21 @@ class Ladder:
             code_version(),
         ]
         weights = EmulatorManifest.load(Path(self.emulator)).files
-        folder = cache_folder("offsite", digest([key, weights]))
-        if not folder.is_dir():
+        before = self.tokens
+
+        def make(folder: Path) -> None:
             module = self.fit(self.tuning(self.emulator, rate), steps, **data)
             assert isinstance(module, OffsitePrefixTuning)
-            with atomic_folder(folder) as new:
-                module.save_prefix(new / "prefix")
+            module.save_prefix(folder / "prefix")
+            write_json(folder / "cost.json", {"tokens": self.tokens - before})
+
+        folder = made_once(cache_folder("offsite", digest([key, weights])), make)
+        self.tokens = before + json.loads((folder / "cost.json").read_text("utf-8"))["tokens"]
         return folder / "prefix"
 
-    def split(self, start: Path, steps: int, rate: float, layer_map: LayerMap, **data: Any) -> OffsitePrefixTuning:
+    def split(
+        self, start: Path, steps: int, rate: float, layer_map: LayerMap, phase: int = 1, **data: Any
+    ) -> OffsitePrefixTuning:
         """Go on with a prefix through the owner's layers, which stand in this process; a test holds that they are the same."""
         module = self.tuning(self.emulator, rate, phase="split", start=str(start), layer_map=layer_map)
         manifest = EmulatorManifest.load(Path(self.emulator))
@@ -139,7 +153,7 @@ class Ladder:
         part = ModelPart(whole, manifest.identical, manifest.layers).to(compute_device())
         module.owner = LocalOwner(OwnerLayers(part, most_graphs=1))
         module.cut = manifest.identical
-        found = self.fit(module, steps, **data)
+        found = self.fit(module, steps, phase, **data)
         assert isinstance(found, OffsitePrefixTuning)
         return found
 
@@ -162,6 +176,7 @@ def rung(
     layer_map: LayerMap = "kept",
     parties: int = 2,
     alpha: float | None = None,
+    split_seed: int = 0,
     rounds: int = 2,
     weights: Dtype = "bfloat16",
 ) -> dict[str, float]:
@@ -184,6 +199,7 @@ def rung(
         layer_map: How an emulator's prefix is carried over.
         parties: Of ``federated``.
         alpha: Of ``federated``: unlike parties; None for alike ones.
+        split_seed: Of ``federated``: of the rows' split among the parties.
         rounds: Of ``federated``: how often prefixes are averaged in the split phase.
         weights: Type of the models' weights; prefixes have float32.
 
@@ -197,15 +213,14 @@ def rung(
         return ladder.score(ladder.plugged(full if kind == "zero" else emulator))
     if kind == "central":
         return ladder.score(ladder.fit(ladder.tuning(full, tune_rate), tune_steps + split_steps))
-    if kind in ("peft-prefix", "lora"):
+    if kind in _PEFT:
         seed_everything(seed, verbose=False)
         optimizer = partial(torch.optim.AdamW, lr=tune_rate, weight_decay=0.0)
-        module = PeftTuning(
-            full, "lora" if kind == "lora" else "prefix", length, optimizer=optimizer, lr_scheduler=WarmupCosine, **ladder.common
-        )
+        module = PeftTuning(full, _PEFT[kind], length, seed=seed, optimizer=optimizer, lr_scheduler=WarmupCosine, **ladder.common)
         return ladder.score(ladder.fit(module, tune_steps + split_steps))
     if kind == "federated":
-        return _federated(ladder, parties, alpha, rounds, tune_steps, split_steps, tune_rate, split_rate, layer_map)
+        shares = [{"party": party, "parties": parties, "alpha": alpha, "split_seed": split_seed} for party in range(parties)]
+        return _federated(ladder, shares, rounds, tune_steps, split_steps, tune_rate, split_rate, layer_map)
     start = ladder.on_emulator(tune_steps, tune_rate)
     if kind == "emulator":
         return ladder.score(ladder.plugged(emulator, start))
@@ -216,8 +231,7 @@ def rung(
 
 def _federated(
     ladder: Ladder,
-    parties: int,
-    alpha: float | None,
+    shares: list[dict[str, Any]],
     rounds: int,
     tune_steps: int,
     split_steps: int,
@@ -227,14 +241,13 @@ def _federated(
 ) -> dict[str, float]:
     """Each party tunes on the emulator with its rows; their prefixes are averaged then, and after each round in the split.
 
-    A party takes as many steps as it has rows for, and all of them together as many times those of one alone as they are.
+    A party takes its rows' share of the steps, so that all of them together take as many as one that has all rows.
     """
     manifest = EmulatorManifest.load(Path(ladder.emulator))
-    shares: list[dict[str, Any]] = [{"party": party, "parties": parties, "alpha": alpha} for party in range(parties)]
     rows = [ladder.rows(**share) for share in shares]
 
     def steps_of(steps: int) -> list[int]:
-        return [max(1, round(steps * parties * own / sum(rows))) for own in rows]
+        return [max(1, round(steps * own / sum(rows))) for own in rows]
 
     folders = [ladder.on_emulator(steps, tune_rate, **share) for steps, share in zip(steps_of(tune_steps), shares)]
     mean = average_prefixes([Prefix.load(folder, manifest.model, layer_map) for folder in folders], steps_of(tune_steps))
@@ -243,8 +256,10 @@ def _federated(
         with atomic_folder(work / str(turn)) as new:
             mean.save(new / "prefix", manifest.model)
         start = work / str(turn) / "prefix"
-        local = steps_of(split_steps // rounds)
-        found = [ladder.split(start, steps, split_rate, layer_map, **share).prefix for steps, share in zip(local, shares)]
+        local = steps_of((turn + 1) * split_steps // rounds - turn * split_steps // rounds)
+        found = [
+            ladder.split(start, steps, split_rate, layer_map, 1 + turn, **share).prefix for steps, share in zip(local, shares)
+        ]
         mean = average_prefixes([prefix for prefix in found if prefix is not None], local)
         log.info("Round %d of %d is averaged", turn + 1, rounds)
     with atomic_folder(work / "last") as new:

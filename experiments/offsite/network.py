@@ -141,7 +141,7 @@ def _party(root: Path) -> dict[str, float]:
             for name, seconds in found.items() if turn else ():  # the first is not counted
                 times[name].append(seconds)
     rows_bytes = sum(rows.nbytes for rows in prefix.within(cut, layers).rows)
-    states_bytes = ids.numel() * int(whole.config.hidden_size) * 2  # bfloat16
+    states_bytes = ids.numel() * int(whole.config.hidden_size) * whole.dtype.itemsize
     needed = 4 * states_bytes + 2 * rows_bytes  # there and back: states, gradients, rows
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {

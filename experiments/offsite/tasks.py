@@ -26,7 +26,8 @@ def write_task(
         folder: To write to.
         train_rows: To train on.
         test_rows: To test on.
-        held_out: Take these from the training file, behind the rows to train on: for choices that the test rows must not see.
+        held_out: Take these from the training file, behind the rows to train on, but for those that share a text of four words or
+            more with them: for choices that the test rows must not see.
 
     Raises:
         InputError: If the task is unknown.
@@ -34,14 +35,22 @@ def write_task(
     readers = {"sst2": _sst2, "ag_news": _ag_news}
     if task not in readers:
         raise InputError(f"task={task!r} is unknown.{nearest(task, readers)}")
+    source = Path(data) / task
+    behind = readers[task](source, "train")
+    train = list(islice(behind, train_rows))
+    others = (row for row in behind if not _shares_text(row, train)) if held_out else readers[task](source, "test")
     found = {}
-    test = ("train", train_rows) if held_out else ("test", 0)
-    for split, (source, begin), limit in (("train", ("train", 0), train_rows), ("test", test, test_rows)):
-        rows = list(islice(readers[task](Path(data) / task, source), begin, begin + limit))
+    for split, rows in (("train", train), ("test", list(islice(others, test_rows)))):
         lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in rows]
         write_atomic(Path(folder) / f"{split}.jsonl", "".join(lines))
         found[f"{split}_rows"] = float(len(rows))
     return found
+
+
+def _shares_text(row: tuple[str, str], others: list[tuple[str, str]]) -> bool:
+    """Return whether a row's text holds that of another or stands in it; SST-2's training rows are parts of sentences."""
+    own, *texts = (prompt.partition("? ")[2] for prompt, _ in (row, *others))
+    return any(min(own.count(" "), text.count(" ")) >= 3 and (own in text or text in own) for text in texts)
 
 
 def _sst2(folder: Path, split: str) -> Iterator[tuple[str, str]]:

@@ -305,6 +305,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
+@torch.no_grad()
 def read_and_write(model: PreTrainedModel, ids: Tensor, tokens: int, cache: Any) -> dict[str, float]:
     """Read contexts, and write tokens behind them greedily.
 

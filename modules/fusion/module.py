@@ -345,7 +345,7 @@ class FusionCompression(SoftLabelDistillation):
         """Return the stage's optimizer, and the last one's schedule."""
         if self.in_last_stage:
             return super().configure_optimizers()
-        return self.operator_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        return self._made(self.operator_optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the stage."""

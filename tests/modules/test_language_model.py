@@ -38,6 +38,16 @@ def test_training_lowers_the_loss(tmp_path, text_file, settings):
     assert float(figures["val_bits_per_byte"]) == pytest.approx(float(figures["val_loss"]) / math.log(2), rel=0.05)
 
 
+def test_fused_optimizers_are_clipped_in_mixed_precision(tmp_path, text_file):
+    model = LanguageModel("random:tiny", optimizer=lambda p: torch.optim.SGD(p, lr=1.0, fused=True))
+    run = trainer(tmp_path, precision="bf16-mixed", gradient_clip_val=1e-3, max_steps=1, limit_val_batches=0)
+    model.configure_model()
+    before = torch.cat([weight.detach().flatten() for weight in model.model.parameters()])
+    run.fit(model, TextDataModule(str(text_file), block_size=64, batch_size=8))
+    after = torch.cat([weight.detach().flatten() for weight in model.model.parameters()])
+    assert float((after - before).norm()) == pytest.approx(1e-3, rel=0.01)
+
+
 def test_validation_equals_transformers_own_loss(tmp_path, text_file):
     model = build()
     data = TextDataModule(str(text_file), block_size=64, batch_size=4, append_eos=False, val_fraction=0.2)

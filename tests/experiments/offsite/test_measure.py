@@ -10,7 +10,7 @@ from fulgurite.callbacks import ExportPretrained
 from fulgurite.datamodules import TextDataModule
 from fulgurite.errors import InputError
 from fulgurite.experiments.offsite import measure
-from fulgurite.experiments.offsite.inversion import inversion
+from fulgurite.experiments.offsite.inversion import guess, inversion
 from fulgurite.experiments.offsite.measure import rung
 from fulgurite.modules import EmulatorDistillation
 from fulgurite.modules.offsite import EmulatorSpec
@@ -46,8 +46,12 @@ def test_every_rung_gives_its_figures_and_one_emulators_prefix_is_tuned_once(set
     monkeypatch.setattr(measure.Ladder, "fit", lambda *a, fit=measure.Ladder.fit, **k: fits.append(a[2]) or fit(*a, **k))
     found = {kind: rung(kind=kind, **settings) for kind in measure.RUNGS}
     assert all(0 <= one["accuracy"] <= 1 and one["loss"] > 0 for one in found.values())
-    assert fits.count(4) == 1 + 2, "one prefix for emulator, plug-in and split; one of each of two parties"
+    assert fits.count(4) == 1, "one prefix for emulator, plug-in and split"
+    assert (fits.count(2), fits.count(1)) == (1 + 2, 2 * 2), (
+        "the split's steps; two parties' halves of both phases, in two rounds"
+    )
     assert found["zero"]["tokens"] == 0
+    assert 0 < found["emulator"]["tokens"] == found["plug-in"]["tokens"] < found["split"]["tokens"], "though it is tuned once"
     assert found["central"]["tokens"] == pytest.approx(found["lora"]["tokens"])
     unlike = rung(kind="federated", alpha=0.5, parties=2, **settings)
     assert unlike != found["federated"]
@@ -55,8 +59,19 @@ def test_every_rung_gives_its_figures_and_one_emulators_prefix_is_tuned_once(set
         rung(kind="middle", **settings)
 
 
+def test_a_prefix_of_peft_begins_as_a_text_does(settings):
+    module = measure.PeftTuning("random:tiny", "text-prefix", 2, candidates=["negative", "positive"], weights="float32", seed=5)
+    module.configure_model()
+    before = torch.randint(0, int(module.model.config.vocab_size), (1, 2), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(3, 200, (1, 9))
+    with torch.no_grad():
+        behind = module.hidden_states({"input_ids": ids})
+        whole = module.model.base_model(input_ids=torch.cat([before, ids], dim=1)).last_hidden_state[:, 2:]
+    torch.testing.assert_close(behind, whole)
+
+
 def test_adapters_of_peft_are_trained_and_the_weights_are_not(settings):
-    for kind in ("lora", "prefix"):
+    for kind in ("lora", "prefix", "text-prefix"):
         module = measure.PeftTuning("random:tiny", kind, 2, candidates=["negative", "positive"], weights="float32")
         module.configure_model()
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -74,4 +89,7 @@ def test_the_attack_reads_states_and_noise_hides_them(tmp_path):
     clear, hidden = (
         inversion(noise=noise, public_tokens=12800, private_tokens=1280, **common)["recovered"] for noise in (0.0, 30.0)
     )
+    del common["cut"]
+    nothing = guess(public_tokens=12800, private_tokens=1280, **common)["recovered"]
     assert hidden < 0.5 < clear
+    assert 0 < nothing < clear

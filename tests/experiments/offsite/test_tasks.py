@@ -42,6 +42,20 @@ def test_held_out_rows_are_those_behind_the_rows_to_train_on(data):
     assert [row["prompt"].split("? ")[1] for row in rows(data / "one", "test")] == ["dull", "more"]
 
 
+def test_held_out_rows_share_no_longer_text_with_those_to_train_on(data):
+    texts = [
+        "a story of sand and glass",
+        "of sand and glass",
+        "sand",
+        "a story of sand and glass twice",
+        "of sand and fire",
+    ]
+    lines = "".join(f"{text} \t1\n" for text in texts)
+    (data / "sst2" / "train_b.tsv").write_text(f"sentence\tlabel\n{lines}")
+    write_task(task="sst2", data=str(data), folder=str(data / "one"), train_rows=1, test_rows=9, held_out=True)
+    assert [row["prompt"].split("? ")[1] for row in rows(data / "one", "test")] == ["sand", "of sand and fire"]
+
+
 def test_an_unknown_task_is_refused(data):
     with pytest.raises(InputError, match="task='sst' is unknown"):
         write_task(task="sst", data=str(data), folder=str(data), train_rows=1, test_rows=1)
