@@ -100,7 +100,7 @@ def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit
     return {"step_seconds": statistics.median(seconds), "sent_bytes": statistics.median(sent)}
 
 
-def offsite(*, emulator: str | None, **settings: Any) -> dict[str, Any]:
+def offsite(*, emulator: str | None = None, **settings: Any) -> dict[str, Any]:
     """Tune a prefix on an emulator and plug it into the whole model.
 
     Args:
