@@ -10,7 +10,7 @@ demo: .venv/core
 	$(BIN)/fulgurite demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m slow

@@ -29,10 +29,11 @@ def new_method(tmp_path, monkeypatch):
     sys.modules.pop("focal", None)
 
 
-def test_the_new_method_trains_and_says_what_is_wrong(new_method):
+def test_the_new_method_trains_and_says_what_is_wrong(new_method, text_file):
     from fulgurite.errors import InputError
 
     words = [*new_method[0].split(), "--model.source=random:tiny", "--trainer.max_steps=2", "--data.val_tokens=1024"]
+    words += [f"--data.train={text_file}"]  # the embedded text takes a minute to collect
     cli = run([*words, "--trainer.precision=32", "--trainer.enable_progress_bar=false"])
     assert type(cli.model).__name__ == "FocalLanguageModel"
     assert Path("runs/focal/first/export/model.safetensors").is_file()

@@ -37,20 +37,23 @@ BRANCHES = json.dumps(
         {"class_path": "ExportBranches"},
     ]
 )
+# The embedded text takes a minute to collect; the README's commands and the demo read it.
+TEXT = ["--data.train=my_text/"]
+TASK_TEXT = "--data.tasks.text.init_args.train=my_text/"
 # What makes a command small: by config, then by command. None: only looked at, as it wants other machines, or hours.
 SMALL = {
-    "distillation/capture": ["--data.block_size=64", "--data.train_tokens=640"],
+    "distillation/capture": [*TEXT, "--data.block_size=64", "--data.train_tokens=640"],
     "distillation/student": ["--model.student.keep_layers.count=2"],
-    "distillation/online": ["--data.block_size=64", "--model.student.keep_layers.count=2", "--model.teacher=random:tiny"],
-    "fusion/compress": ["--data.block_size=64", '--model.shape={"num_hidden_layers": 3, "parameters": null}'],
+    "distillation/online": [*TEXT, "--data.block_size=64", "--model.student.keep_layers.count=2", "--model.teacher=random:tiny"],
+    "fusion/compress": [*TEXT, "--data.block_size=64", '--model.shape={"num_hidden_layers": 3, "parameters": null}'],
     "compose/fuse": ['--model.shape={"num_hidden_layers": 3, "parameters": null}', f"--trainer.callbacks={STAGES}"],
     "compose/two_ranks": ["--trainer.devices=1", "--trainer.strategy=auto"],
-    "compose/emulator": ["--model.emulator.identical=1"],
-    "compose/multitask": ["--data.tasks.text.init_args.length=48", "--data.batch_size=2"],
-    "multitask/train": ["--data.tasks.text.init_args.length=48", "--data.batch_size=2"],
+    "compose/emulator": [*TEXT, "--model.emulator.identical=1"],
+    "compose/multitask": [TASK_TEXT, "--data.tasks.text.init_args.length=48", "--data.batch_size=2"],
+    "multitask/train": [TASK_TEXT, "--data.tasks.text.init_args.length=48", "--data.batch_size=2"],
     "fit multitask/train": [f"--trainer.callbacks={BRANCHES}"],
-    "language_model/finetune": ["--data.block_size=64"],
-    "offsite/emulator": ["--model.emulator.layers=3", "--model.emulator.identical=1", "--data.block_size=64"],
+    "language_model/finetune": [*TEXT, "--data.block_size=64"],
+    "offsite/emulator": [*TEXT, "--model.emulator.layers=3", "--model.emulator.identical=1", "--data.block_size=64"],
     "offsite/tune": ["--model.prefix.length=2"],
     "offsite/split": [],
     "offsite/plug_in": [],
@@ -67,7 +70,7 @@ SMALL = {
     "owner": [],
 }
 SMALL["spans/compress"] = SMALL["compose/spans"] = [
-    *("--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
+    *("--data.documents=my_text/", "--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
     "--data.answer_tokens=4",
 ]
 ELSEWHERE = {  # pages whose commands want hub models, or several machines; and what other tests run
@@ -115,7 +118,8 @@ def folder(tmp_path, monkeypatch):
     for name in ("wikitext2/valid.raw.txt", "wikitext2/test.raw.txt", "icl_eval/lambada_openai.jsonl"):  # of the benchmarks
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text("")
-    (tmp_path / "my_text/one.txt").write_text(prose(1500))
+    for number in range(4):
+        (tmp_path / f"my_text/{number}.txt").write_text(prose(600, number))
     (tmp_path / "other.txt").write_text(prose(300, 1))
     (tmp_path / "question_about_a_long_text.txt").write_text(prose(100, 2))
     rows = "".join(json.dumps({"prompt": f"Is {n} even?", "response": ("yes", "no")[n % 2]}) + "\n" for n in range(20))
