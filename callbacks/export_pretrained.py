@@ -83,8 +83,8 @@ class ExportPretrained(Callback):
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             module.tokenizer.save_pretrained(new)
             (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(new)
-            module.write_extras(new)
             (new / "README.md").write_text(model_card(trainer, module, model, step, figures), "utf-8")
+            module.write_extras(new)  # some hash what is there
         self.written.append(folder)
         log.info("Exported step %d to %s", step, folder)
 

@@ -70,7 +70,13 @@ SMALL = {
     "owner": [],
 }
 SMALL["spans/compress"] = SMALL["compose/spans"] = [
-    *("--data.documents=my_text/", "--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
+    *(
+        "--data.documents=my_text/",
+        "--data.lengths=[250]",
+        "--data.val_lengths=[300]",
+        "--data.examples=1",
+        "--data.val_examples=1",
+    ),
     "--data.answer_tokens=4",
 ]
 ELSEWHERE = {  # pages whose commands want hub models, or several machines; and what other tests run

@@ -21,6 +21,7 @@ from ...modules.offsite.server import OwnerServer
 from ...modules.offsite.texts import OwnerTexts
 from ...modules.precision import FrozenDtype, frozen_dtype
 from ...modules.pretrained import load_config, load_model, model_fingerprint
+from ...modules.span_attention import refuse_plan
 from ..parsing import Parser
 from .demo import demo
 from .federation.trial import federate
@@ -81,7 +82,9 @@ def serve(
         most_tokens: Of a text that is written.
         announce: JSON file to write the address into once the service answers.
     """
-    layers = load_config(model).get_text_config().num_hidden_layers
+    config = load_config(model)
+    refuse_plan(config)
+    layers = config.get_text_config().num_hidden_layers
     offered = None if emulator is None else EmulatorFiles(Path(emulator))
     if cut is None:
         if offered is None:

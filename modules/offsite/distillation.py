@@ -17,6 +17,7 @@ from ..language_model import Batch
 from ..linear_loss import LossParts, shift_labels
 from ..precision import Dtype, FrozenDtype
 from ..pretrained import load_config, load_model, load_tokenizer, model_fingerprint
+from ..span_attention import refuse_plan
 from ..student import decoder_layers, keep_layers, layer_outputs, shared_parts
 from ..tokens import tokenizer_fingerprint
 from .emulator import EmulatorManifest, EmulatorSpec, digest_of, fused_layers
@@ -67,7 +68,9 @@ class EmulatorDistillation(SoftLabelDistillation):
         if hidden_weight < 0:
             raise InputError(f"hidden_weight={hidden_weight} is below 0. Legal: 0 or more.")
         spec = emulator or EmulatorSpec()
-        spec.check(load_config(source).get_text_config().num_hidden_layers)
+        config = load_config(source)
+        refuse_plan(config)
+        spec.check(config.get_text_config().num_hidden_layers)
         if spec.fused is not None:
             fused_layers(spec.fused)
         super().__init__(

@@ -6,7 +6,6 @@ asks for the gradient of the rows (``collect``). Every call carries the numbers 
 that was answered and is asked again gives the same answer and changes nothing, so a reply that was lost on the way costs no step.
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch import Tensor
 from ...errors import InputError
 from .prefix import Prefix, plugged_in
 from .split import ModelPart, with_virtual, without_virtual
+from .turns import Turns
 
 
 class UnknownStep(InputError):
@@ -109,10 +109,11 @@ class OwnerLayers:
         most_batch_tokens: Positions of a batch, virtual ones too: what a graph is kept of.
         most_step_tokens: Positions of all batches of an optimizer step, for each party.
         most_logits: Numbers in an answer of the head.
+        most_step_logits: Numbers in all of its answers in an optimizer step, for each party.
         clock: Tells the seconds.
 
     Raises:
-        InputError: If a bound is below 1.
+        InputError: If a bound is below 1, or one party's texts would change what another's mean.
     """
 
     def __init__(
@@ -126,20 +127,26 @@ class OwnerLayers:
         most_batch_tokens: int = 1 << 14,
         most_step_tokens: int = 1 << 17,
         most_logits: int = 1 << 24,
+        most_step_logits: int = 1 << 26,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         bounds = {"lifetime": lifetime, "most_graphs": most_graphs, "most_batches": most_batches, "most_sessions": most_sessions}
         bounds |= {"most_batch_tokens": most_batch_tokens, "most_step_tokens": most_step_tokens, "most_logits": most_logits}
+        bounds["most_step_logits"] = most_step_logits
         for name, value in bounds.items():
             if value <= 0:
                 raise InputError(f"{name}={value} keeps nothing. Legal: above 0.")
+        rope = (getattr(part.body.config, "rope_parameters", None) or {}).get("rope_type")
+        if rope in ("dynamic", "longrope"):
+            raise InputError(f"model: its positions ({rope}) depend on the longest text that was read, here of any party.")
         self.part = part.requires_grad_(False).eval()
         self.lifetime, self.most_graphs, self.most_logits, self.clock = lifetime, most_graphs, most_logits, clock
         self.most_batches, self.most_sessions = most_batches, most_sessions
         self.most_batch_tokens, self.most_step_tokens = most_batch_tokens, most_step_tokens
+        self.most_step_logits = most_step_logits
         self._sessions: dict[str, _Session] = {}
         self._graphs: deque[_Batch] = deque()  # those that have one, the oldest first
-        self.lock = threading.Lock()
+        self.turns = Turns()
         """Held by whoever computes: a prefix in place is seen by every call."""
 
     @property
@@ -165,13 +172,13 @@ class OwnerLayers:
         """
         if prefix is not None and prefix.settings.length != length:
             raise InputError(f"length={length}, but the prefix has {prefix.settings.length} rows.")
-        with self.lock:
-            with in_place(self.part, prefix):  # under the lock, for its hooks are seen by whoever computes
+        with self.turns.of(party):
+            with in_place(self.part, prefix):  # in turn, for its hooks are seen by whoever computes
                 pass  # it fits
             self._forget_old()
-            self._sessions.pop(party, None)
+            self._drop(party)
             while len(self._sessions) >= self.most_sessions:
-                self._sessions.pop(min(self._sessions, key=lambda name: self._sessions[name].touched))
+                self._drop(min(self._sessions, key=lambda name: self._sessions[name].touched))
             prefix = None if prefix is None else prefix.to(self.device)
             self._sessions[party] = _Session(step, length, prefix, touched=self.clock())
 
@@ -193,7 +200,7 @@ class OwnerLayers:
             UnknownStep: If the step was not begun, or is forgotten.
             InputError: If the batch's number was another batch's, there are too many, or the head cannot answer.
         """
-        with self.lock:
+        with self.turns.of(party):
             session = self._session(party, step)
             states = self._checked(states, session)
             head = None if head is None else self._checked_head(head, states, session)
@@ -216,6 +223,12 @@ class OwnerLayers:
                     f"batch={batch}: with it, step {step} has {tokens} tokens, above the owner's limit of "
                     f"{self.most_step_tokens}. Accumulate fewer, or smaller batches."
                 )
+            logits = sum(kept.output.numel() for kept in session.batches.values() if kept.head is not None)
+            if head is not None and logits + self._answer_size(head) > self.most_step_logits:
+                raise InputError(
+                    f"batch={batch}: with it, step {step} has more logits than the owner's limit of {self.most_step_logits}. "
+                    "Accumulate fewer, or name candidates."
+                )
             given = states.clone().requires_grad_()
             graph = self._through(given, session, head)
             session.batches[batch] = kept = _Batch(given, head, graph.detach(), graph)
@@ -237,7 +250,7 @@ class OwnerLayers:
             UnknownStep: If the batch was not sent forward, or is forgotten.
             InputError: If the gradient is of another shape, or the step has been collected.
         """
-        with self.lock:
+        with self.turns.of(party):
             session = self._session(party, step)
             known = session.batches.get(batch)
             if known is None:
@@ -250,12 +263,15 @@ class OwnerLayers:
                 raise InputError(
                     f"The gradient of batch {batch} has the shape {list(gradient.shape)}. Legal: {list(known.output.shape)}."
                 )
-            if known.graph is None:
-                known.graph = self._through(known.given, session, known.head)
-            else:
-                self._graphs.remove(known)
-            known.graph.backward(gradient.to(known.graph))
-            known.gradient, known.graph = known.given.grad, None
+            try:
+                if known.graph is None:
+                    known.graph = self._through(known.given, session, known.head)
+                known.graph.backward(gradient.to(known.graph))
+            except BaseException:
+                self._drop(party)  # the rows' gradients may be half added
+                raise
+            self._release(known)
+            known.gradient = known.given.grad
             assert known.gradient is not None
             return known.gradient
 
@@ -269,7 +285,7 @@ class OwnerLayers:
         Raises:
             UnknownStep: If the step was not begun, or is forgotten.
         """
-        with self.lock:
+        with self.turns.of(party):
             session = self._session(party, step)
             if session.collected is None:
                 rows = [] if session.prefix is None else list(session.prefix.rows)
@@ -297,15 +313,20 @@ class OwnerLayers:
         limits = torch.tensor([len(states), tokens])
         vocabulary = int(self.part.body.config.vocab_size)
         columns = vocabulary if head.candidates is None else len(head.candidates)
-        wrong = bool(((head.positions < 0) | (head.positions >= limits)).any()) or len(head.positions) > len(states) * tokens
+        wrong = (
+            columns > vocabulary
+            or bool(((head.positions < 0) | (head.positions >= limits)).any())
+            or len(head.positions) > len(states) * tokens
+        )
         for ids, end in ((head.candidates, vocabulary), (head.labels, columns)):
             wrong = wrong or (ids is not None and bool(((ids < 0) | (ids >= end)).any()))
         if wrong or (head.labels is not None and len(head.labels) != len(head.positions)):
             raise InputError(
-                f"head: positions have to be within {limits.tolist()}, no more than there are; candidates below {vocabulary}; "
+                f"head: positions have to be within {limits.tolist()}, no more than there are; candidates below {vocabulary}, no "
+                "more than that; "
                 f"labels below {columns}, as many as positions."
             )
-        if columns * len(head.positions) > self.most_logits:
+        if columns * len(head.positions) > self.most_logits:  # also where labels make one loss of them
             raise InputError(
                 f"head: {len(head.positions)} positions with {columns} logits each are more than the owner's limit of "
                 f"{self.most_logits}. Send smaller batches, or name candidates."
@@ -333,7 +354,26 @@ class OwnerLayers:
         session.touched = self.clock()
         return session
 
+    def forget_old(self) -> None:
+        """Drop what was silent for too long; calls do so by themselves."""
+        with self.turns.of(""):
+            self._forget_old()
+
     def _forget_old(self) -> None:
         old = self.clock() - self.lifetime
         for name in [name for name, session in self._sessions.items() if session.touched < old]:
-            del self._sessions[name]
+            self._drop(name)
+
+    def _drop(self, party: str) -> None:
+        session = self._sessions.pop(party, None)
+        for batch in session.batches.values() if session is not None else ():
+            self._release(batch)
+
+    def _release(self, batch: _Batch) -> None:
+        batch.graph = None
+        if batch in self._graphs:
+            self._graphs.remove(batch)
+
+    def _answer_size(self, head: HeadRequest) -> int:
+        columns = int(self.part.body.config.vocab_size) if head.candidates is None else len(head.candidates)
+        return len(head.positions) * (1 if head.labels is not None else columns)

@@ -89,7 +89,8 @@ class OwnerServer:
         self._most_wait = most_wait
         self._at_work = {name: threading.BoundedSemaphore(_CALLS_OF_ONE) for name in tokens}
         self._seen: set[str] = set()
-        self._grumbled = 0.0
+        self._grumbled: dict[str, float] = {}
+        self._stopped = threading.Event()
         self._shape = shape_of(layers)
         self._rules = requests(self._shape)
         check_address(address)
@@ -125,10 +126,12 @@ class OwnerServer:
     def start(self) -> OwnerServer:
         """Begin to answer."""
         self._server.start()
+        threading.Thread(target=self._forget, daemon=True, name="owner-forgets").start()
         return self
 
     def stop(self, grace: float = 1.0) -> None:
         """Answer no new calls, and end when those at work are done or ``grace`` seconds have gone by."""
+        self._stopped.set()
         self._server.stop(grace).wait()
 
     def wait(self) -> None:
@@ -154,16 +157,17 @@ class OwnerServer:
             log.info("Party %s is here, from %s", party, context.peer())
         if not self._at_work[party].acquire(blocking=False):
             context.abort(status.RESOURCE_EXHAUSTED, f"{_CALLS_OF_ONE} calls of this party are at work. Ask again.")
-        try:
-            impatience = threading.Timer(self._most_wait, context.cancel)
-            impatience.start()
-            try:
-                data = next(messages, b"")
-            finally:
-                impatience.cancel()
-            return self._considered(name, party, data, context)
-        finally:
+        # Until the reply has gone: who never reads them would have them pile up here.
+        if not context.add_callback(self._at_work[party].release):
             self._at_work[party].release()
+            context.abort(status.CANCELLED, "The call is over.")
+        impatience = threading.Timer(self._most_wait, context.cancel)
+        impatience.start()
+        try:
+            data = next(messages, b"")
+        finally:
+            impatience.cancel()
+        return self._considered(name, party, data, context)
 
     def _considered(self, name: str, party: str, data: bytes, context: grpc.ServicerContext) -> bytes:
         status = self._grpc.StatusCode
@@ -173,19 +177,25 @@ class OwnerServer:
         except UnknownStep as error:
             context.abort(status.FAILED_PRECONDITION, str(error))
         except InputError as error:
-            self._grumble(f"A call {name} of party {party} is refused: {error}")
+            self._grumble(f"A call {name} of party {party} is refused: {error}", party)
             context.abort(status.INVALID_ARGUMENT, str(error))
         except Exception:
-            self._grumble(f"Call {name} of party {party} failed", with_trace=True)
+            log.exception("Call %s of party %s failed", name, party)
             context.abort(status.INTERNAL, "The owner failed on this call; its log says how.")
         raise AssertionError("abort does not return")
 
-    def _grumble(self, text: str, *, with_trace: bool = False) -> None:
-        """Log what was refused, once a second at most: whoever calls cannot fill the owner's disk."""
+    def _grumble(self, text: str, party: str = "") -> None:
+        """Log what was refused, of each party once a second at most: whoever calls cannot fill the owner's disk."""
         now = time.monotonic()
-        if now - self._grumbled >= 1:
-            self._grumbled = now
-            log.warning("%s", text, exc_info=with_trace)
+        if now - self._grumbled.get(party, -1.0) >= 1:
+            self._grumbled[party] = now
+            log.warning("%s", text)
+
+    def _forget(self) -> None:
+        """Drop what is too old, also where nobody calls."""
+        while not self._stopped.wait(min(60.0, self.layers.lifetime / 2)):
+            self.layers.forget_old()
+            self.texts.forget_old()
 
     def _reply(self, name: str, party: str, frame: Frame) -> Frame:
         told, tensors, layers = frame.fields, frame.tensors, self.layers

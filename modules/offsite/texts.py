@@ -18,7 +18,7 @@ class _Text:
     prefix: Prefix | None
     cache: Cache
     tokens: int = 0  # in the cache, without virtual positions
-    last: tuple[int, Tensor, dict[str, Tensor]] | None = None  # the call answered last: its place, its states, the answer
+    last: tuple[int, int, Tensor, dict[str, Tensor]] | None = None  # the call answered last: place, top, states, and the answer
     touched: float = 0.0
 
 
@@ -56,7 +56,7 @@ class OwnerTexts:
         layers = self.layers
         if prefix is not None and prefix.settings.length != length:
             raise InputError(f"length={length}, but the prefix has {prefix.settings.length} rows.")
-        with layers.lock:
+        with layers.turns.of(party):
             with in_place(layers.part, prefix):
                 pass  # it fits
             self._forget_old()
@@ -88,7 +88,7 @@ class OwnerTexts:
         width, vocabulary = int(layers.part.body.config.hidden_size), int(layers.part.body.config.vocab_size)
         if not 0 <= top <= vocabulary:
             raise InputError(f"top={top} is no number of ids. Legal: 0 to {vocabulary}.")
-        with layers.lock, torch.inference_mode():
+        with layers.turns.of(party), torch.inference_mode():
             self._forget_old()
             known = self._texts.get((party, text))
             if known is None:
@@ -99,8 +99,8 @@ class OwnerTexts:
             if tokens < 1 or len(states) != 1 or states.shape[2] != width:
                 raise InputError(f"The states have the shape {list(states.shape)}. Legal: [1, tokens, {width}].")
             states = states.to(next(layers.part.parameters()))
-            if known.last is not None and known.last[0] == place and torch.equal(known.last[1], states):
-                return known.last[2]
+            if known.last is not None and known.last[:2] == (place, top) and torch.equal(known.last[2], states):
+                return known.last[3]
             if place != known.tokens:
                 raise UnknownStep(f"text={text} has {known.tokens} tokens here, not {place}. Send it from its begin on.")
             if known.length + place + tokens > self.most_tokens:
@@ -108,7 +108,7 @@ class OwnerTexts:
             del self._texts[party, text]  # if this fails, its cache is of no use
             answer = self._answer(known, states, place, top)
             self._texts[party, text] = known
-            known.tokens, known.last = place + tokens, (place, states, answer)
+            known.tokens, known.last = place + tokens, (place, top, states, answer)
             return answer
 
     def _answer(self, known: _Text, states: Tensor, place: int, top: int) -> dict[str, Tensor]:
@@ -123,6 +123,11 @@ class OwnerTexts:
             return {"states": last}
         logits, ids = part.logits(last)[0, 0].float().topk(top)
         return {"ids": ids, "logits": logits}
+
+    def forget_old(self) -> None:
+        """Drop texts that were silent for too long; calls do so by themselves."""
+        with self.layers.turns.of(""):
+            self._forget_old()
 
     def _forget_old(self) -> None:
         old = self.layers.clock() - self.layers.lifetime

@@ -48,8 +48,8 @@ def federate(
         )
     files = [Path(resolve_config(config)).resolve() for config in configs]
     names = [file.stem for file in files]
-    if not files or len(set(names)) < len(names):
-        raise InputError(f"configs={configs}: give one or more files, each with a name of its own.")
+    if not files or len(set(names)) < len(names) or {"owner", "server"} & set(names):
+        raise InputError(f"configs={configs}: give one or more files, each with a name of its own, but owner and server.")
     minimum = len(files) if minimum is None else minimum
     if not 1 <= minimum <= len(files) or rounds < 1 or timeout <= 0:
         raise InputError(
@@ -60,7 +60,7 @@ def federate(
         raise InputError(f"folder={folder!r} has the prefix of other rounds. Give another folder.")
     beginning = prefix_to_begin_with(Path(start), files, root / "start")
     with ExitStack() as stack:
-        deployment = _Deployment(root, stack)
+        deployment = _Deployment(root, stack, len(files))
         for name, file in zip(names, files):
             deployment.add_party(name, file)
         deployment.run(
@@ -99,10 +99,11 @@ class _Deployment:
     Args:
         root: Folder for keys, logs and Flower's own files.
         stack: Ends the processes.
+        parties: How many will be added.
     """
 
-    def __init__(self, root: Path, stack: ExitStack) -> None:
-        self.root, self.stack, self.ports = root, stack, _free_ports(16)
+    def __init__(self, root: Path, stack: ExitStack, parties: int) -> None:
+        self.root, self.stack, self.ports = root, stack, _free_ports(1 + parties)
         self.papers, home = root / "papers", root / "flower"
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)

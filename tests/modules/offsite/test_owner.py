@@ -6,7 +6,7 @@ import torch
 from fulgurite.errors import InputError
 from fulgurite.modules.offsite import ModelPart, Prefix, PrefixSettings, behind_prefix, plugged_in, without_virtual
 from fulgurite.modules.offsite import owner as module
-from fulgurite.modules.offsite.owner import OwnerLayers, UnknownStep
+from fulgurite.modules.offsite.owner import HeadRequest, OwnerLayers, UnknownStep
 
 from ..span_attention.small import SIZES, ids_of, model_of
 
@@ -109,7 +109,7 @@ def test_a_step_sent_again_to_another_owner_ends_with_the_same_gradients(prefix)
 def test_prefixes_are_in_place_for_one_party_at_a_time(prefix, monkeypatch):
     """Also where a step begins, which tries its prefix on the layers."""
     owner, locked = layers(), []
-    monkeypatch.setattr(module, "plugged_in", lambda *given: locked.append(owner.lock.locked()) or plugged_in(*given))
+    monkeypatch.setattr(module, "plugged_in", lambda *given: locked.append(owner.turns.locked()) or plugged_in(*given))
     owner.begin("party", 0, LENGTH, rows_for(prefix))
     owner.forward("party", 0, 0, states_of(0))
     assert locked == [True, True]
@@ -189,3 +189,46 @@ def test_what_is_kept_is_bounded(prefix):
     for name in ("lifetime", "most_graphs", "most_batches", "most_sessions", "most_batch_tokens", "most_step_tokens"):
         with pytest.raises(InputError, match=f"{name}=0 keeps nothing"):
             layers(**{name: 0})
+
+
+def test_answers_of_the_head_are_bounded_over_a_step(prefix):
+    owner, asked = layers(most_step_logits=200), HeadRequest(torch.tensor([[0, 1], [1, 2]]))  # of 61 tokens each
+    owner.begin("a", 0, LENGTH, rows_for(prefix))
+    owner.forward("a", 0, 0, states_of(0), asked)
+    with pytest.raises(InputError, match="batch=1: with it, step 0 has more logits than the owner's limit of 200"):
+        owner.forward("a", 0, 1, states_of(1), asked)
+    assert owner.forward("a", 0, 1, states_of(1), HeadRequest(asked.positions, labels=torch.tensor([3, 4]))).shape == (2,)
+
+
+def test_activations_go_with_their_step(prefix):
+    clock = Clock()
+    owner = layers(lifetime=10, most_graphs=8, clock=clock)
+    for step in range(3):
+        owner.begin("a", step, LENGTH, rows_for(prefix))
+        owner.forward("a", step, 0, states_of(0))
+        assert len(owner._graphs) == 1
+    clock.now += 11
+    owner.forget_old()
+    assert not owner._graphs
+    assert not owner._sessions
+
+
+def test_a_backward_pass_that_fails_leaves_no_half_of_a_gradient(prefix, monkeypatch):
+    owner = layers()
+    owner.begin("a", 0, LENGTH, rows_for(prefix))
+    output = owner.forward("a", 0, 0, states_of(0))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *given: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        owner.backward("a", 0, 0, torch.ones_like(output))
+    monkeypatch.undo()
+    with pytest.raises(UnknownStep):
+        owner.backward("a", 0, 0, torch.ones_like(output))
+    owner.begin("a", 0, LENGTH, rows_for(prefix))
+    assert owner.backward("a", 0, 0, torch.ones_like(owner.forward("a", 0, 0, states_of(0)))).any()
+
+
+def test_positions_that_depend_on_the_longest_text_are_refused():
+    model = model_of("llama")
+    model.config.rope_parameters = {**(model.config.rope_parameters or {}), "rope_type": "dynamic"}
+    with pytest.raises(InputError, match="its positions .dynamic. depend on the longest text"):
+        OwnerLayers(ModelPart(model, CUT, len(model.model.layers)))

@@ -198,6 +198,8 @@ def test_texts_are_bounded_and_their_calls_may_be_repeated():
         texts.extend("a", 1, 4, states)
     found = texts.extend("b", 0, 0, states, top=3)
     assert found["ids"].shape == found["logits"].shape == (3,)
+    with pytest.raises(UnknownStep):  # another question about the same place
+        texts.extend("b", 0, 0, states, top=2)
     for bad, match in ((torch.zeros(2, 1, 48), "have the shape"), (torch.zeros(1, 1, 5), "have the shape")):
         with pytest.raises(InputError, match=match):
             texts.extend("b", 0, 2, bad)
@@ -215,6 +217,7 @@ def test_texts_are_bounded_and_their_calls_may_be_repeated():
         (HeadRequest(torch.tensor([[0, 1]]), None, torch.tensor([1, 2])), "labels below 61, as many as positions"),
         (HeadRequest(torch.tensor([[0, 1]]), torch.tensor([3, 4]), torch.tensor([2])), "labels below 2, as many as"),
         (HeadRequest(torch.zeros(15, 2, dtype=torch.int64), torch.tensor([3])), "no more than there are"),
+        (HeadRequest(torch.tensor([[0, 1]]), torch.zeros(62, dtype=torch.int64)), "candidates below 61, no more than that"),
         (HeadRequest(torch.zeros(3, 2, dtype=torch.int64)), "3 positions with 61 logits each are more than .* limit of 100"),
     ],
 )
