@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -86,12 +87,13 @@ class TokenDataModule(LightningDataModule):
         """
         assert self.train_set is not None
         examples, found = [], 0
-        for index in range(len(self.train_set)):  # type: ignore[arg-type]
-            examples.append({name: part for name, part in self.train_set[index].items() if name != "soft_labels"})
-            found += len(examples[-1]["input_ids"])
-            if found >= tokens:
-                break
-        return self._collate(examples)
+        with torch.device("cpu"):  # Lightning has models made, and so may this be called, where new tensors are on a GPU
+            for index in range(len(self.train_set)):  # type: ignore[arg-type]
+                examples.append({name: part for name, part in self.train_set[index].items() if name != "soft_labels"})
+                found += len(examples[-1]["input_ids"])
+                if found >= tokens:
+                    break
+            return self._collate(examples)
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(examples, pad=self.tokenizer.pad_token_id or 0)

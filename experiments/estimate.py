@@ -116,7 +116,7 @@ def _need(stage: Rehearsal, plan: Plan, module: PretrainedModule) -> Need:
         activations = _kept_for_backward(stage, plan, module)
     optimizer = _optimizer_state(stage, trained)
     own = sum(map(_bytes, trained))
-    share, whole = (plan.devices, _largest_layer(stage.models)) if plan.sharded else (1, 0)
+    share, whole = (plan.devices, _gathered(stage.models)) if plan.sharded else (1, 0)
     buckets = own if plan.devices > 1 and not plan.sharded else 0
     around = (plan.devices - 1) / plan.devices  # of what a ring sends
     return Need(
@@ -135,10 +135,12 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _largest_layer(models: list[nn.Module]) -> int:
-    """Return the bytes of the largest layer, which sharding gathers as a whole."""
+def _gathered(models: list[nn.Module]) -> int:
+    """Return the bytes that sharding gathers at a time: the largest layer, and what stands in none, such as the embedding."""
     layers = [layer for model in models for own in model.modules() if isinstance(own, nn.ModuleList) for layer in own]
-    return max((sum(map(_bytes, layer.parameters())) for layer in layers), default=0)
+    inside = {weight for layer in layers for weight in layer.parameters()}
+    outside = {weight for model in models for weight in model.parameters()} - inside
+    return max((sum(map(_bytes, layer.parameters())) for layer in layers), default=0) + sum(map(_bytes, outside))
 
 
 def _kept_for_backward(stage: Rehearsal, plan: Plan, module: PretrainedModule) -> int:
@@ -153,6 +155,8 @@ def _kept_for_backward(stage: Rehearsal, plan: Plan, module: PretrainedModule) -
             chunk = min(getattr(module, "loss_chunk_tokens", None) or default_chunk(plan.device), len(flat))
             loss = linear_loss(flat, head, torch.zeros(len(flat), dtype=torch.long), chunk_tokens=chunk).loss
             kept += 4 * (head.numel() + 2 * chunk * stage.vocabulary)  # the head's gradient; logits, and their gradients
+            if plan.device == "cuda" and plan.autocast is not None:
+                kept += 2 * 2 * head.numel()  # the head, and a part of its gradient, in low precision
     loss.backward()
     parts = [part for model in stage.models for part in model.modules() if isinstance(part, PreTrainedModel)]
     checkpointed = [part for part in parts if part.is_activation_checkpointing]

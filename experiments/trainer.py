@@ -51,6 +51,12 @@ class LayerwiseFSDPStrategy(FSDPStrategy):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"auto_wrap_policy": {GradientCheckpointingLayer}, **settings})
 
+    def setup(self, trainer: Trainer) -> None:
+        """Divide the model, and tell it where it is, which Lightning leaves out: frozen teachers go there by themselves."""
+        super().setup(trainer)
+        assert self.lightning_module is not None
+        self.lightning_module._device = self.root_device
+
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
         """See ``FSDPStrategy``."""

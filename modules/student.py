@@ -116,8 +116,7 @@ def block_influence(model: PreTrainedModel, input_ids: Tensor, position_ids: Ten
         1 - mean cosine similarity of each layer's input and output [layers], float32.
     """
     layers = decoder_layers(model)
-    influence = torch.zeros(len(layers))
-    weights = torch.zeros(len(layers))
+    influence, weights = torch.zeros(2, len(layers), device="cpu")
 
     def record(index: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -134,8 +133,8 @@ def block_influence(model: PreTrainedModel, input_ids: Tensor, position_ids: Ten
     try:
         model.eval()
         for row in range(len(input_ids)):
-            positions = None if position_ids is None else position_ids[row : row + 1]
-            model.base_model(input_ids=input_ids[row : row + 1], position_ids=positions, use_cache=False)
+            positions = None if position_ids is None else position_ids[row : row + 1].to(model.device)
+            model.base_model(input_ids=input_ids[row : row + 1].to(model.device), position_ids=positions, use_cache=False)
     finally:
         model.train(training)
         for handle in handles:

@@ -54,6 +54,7 @@ def tiny_model(seed: int = 0) -> PreTrainedModel:
         bos_token_id=1,
         eos_token_id=2,
     )
-    with torch.random.fork_rng(devices=[]):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # which the seed below is for, too
+    with torch.device("cpu"), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)

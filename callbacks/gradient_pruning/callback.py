@@ -272,6 +272,7 @@ class GradientPruning(Callback):
         device = pl_module.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            exchange.at_work.clear()
         seconds = self._seconds + time.perf_counter() - self._batch_begin
         busy, exposed = exchange.clock.times()
         packing = exchange.clock.packing if device.type == "cpu" else 0.0

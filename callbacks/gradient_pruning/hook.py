@@ -110,6 +110,7 @@ class GradientExchange:
         self.residuals: dict[str, Tensor] = {}
         self.velocities: dict[str, Tensor] = {}
         self._workspaces: dict[tuple[str, ...], Tensor] = {}
+        self.at_work: list[Any] = []  # on a GPU, until it is waited for
 
     def is_small(self, parameter: Tensor) -> bool:
         """Whether a parameter [any] is always sent whole."""
@@ -226,6 +227,8 @@ class GradientExchange:
         messages = [torch.empty_like(message) for _ in range(self.ranks)]
         posted = self.clock.mark(buffer.device)
         work = dist.all_gather(messages, message, group=self.group, async_op=True)
+        if buffer.is_cuda:  # made on another stream than ``unpacked`` reads on: their memory must not go to others meanwhile
+            self.at_work.append((messages, message, places, sent))
 
         def unpacked(future: Future) -> Tensor:
             self._arrived(posted, future)

@@ -46,9 +46,9 @@ class PeftTuning(OffsitePrefixTuning):
         wrapped = peft.get_peft_model(model, config)
         if self.method == "text-prefix":
             generator = torch.Generator().manual_seed(self.seed)
-            ids = torch.randint(0, int(model.config.vocab_size), (1, self.virtual), generator=generator)
+            ids = torch.randint(0, int(model.config.vocab_size), (1, self.virtual), generator=generator, device="cpu")
             with torch.no_grad():
-                past = model.base_model(input_ids=ids, use_cache=True).past_key_values
+                past = model.base_model(input_ids=ids.to(model.device), use_cache=True).past_key_values
             peft.initialize_kv_prefix_from_past_key_values(wrapped, past_key_values=past)
         self.encoder = wrapped.prompt_encoder.float()
         self._peft = [wrapped]

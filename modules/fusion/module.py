@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -268,6 +268,8 @@ class FusionCompression(SoftLabelDistillation):
         """Add each model's perplexity on the batches of a validation."""
         loaders = self.trainer.val_dataloaders
         if loaders is None or not self.trainer.num_val_batches:
+            return
+        if isinstance(self.trainer.strategy, FSDPStrategy):  # which has whole weights within a training step alone
             return
         sums = torch.zeros(len(models) + 1, dtype=torch.float64, device=self.device)
         for model in models.values():

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torchjd import Stateful
 from torchjd.aggregation import Aggregator
-from torchjd.scalarization import Mean, Scalarizer, Sum
+from torchjd.scalarization import FAMO, Mean, Scalarizer, Sum
 
 from ...errors import InputError, nearest
 from ..pretrained import load_config
@@ -115,8 +115,9 @@ def check_combination(combination: Combination, data: Any, strategy: Strategy, p
             f"{what} leaves branches without a gradient, for which DDP would wait. Use trainer.strategy: "
             "ddp_find_unused_parameters_true."
         )
-    if jacobian and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise InputError(f"combination={name} needs whole gradients. Legal strategies: one device, ddp.")
+    if (jacobian or isinstance(combination, FAMO)) and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        needs = "gradients" if jacobian else "weights, to look at a batch again"
+        raise InputError(f"combination={name} needs whole {needs}. Legal strategies: one device, ddp.")
     if jacobian and precision not in ("32-true", "bf16-mixed"):
         raise InputError(
             f"precision={precision}: combination={name} needs gradients in float32 that nothing scales. Legal: 32-true, "

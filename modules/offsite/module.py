@@ -261,12 +261,17 @@ class OffsitePrefixTuning(LanguageModel):
             raise InputError(
                 f"phase={self.phase!r}, prefix={self.prefix_settings}: there is nothing to train here. Use validate."
             )
+        self.check_strategy(self.trainer.strategy)
         if self.phase != "split":
             return
         if self.trainer.world_size > 1:
             raise InputError("phase: split trains on one device: the owner knows a party by its token. Use trainer.devices: 1.")
         if self.trainer.precision == "16-mixed":
             raise InputError("precision: 16-mixed scales gradients, the owner's rows among them. Legal: 32-true, bf16-mixed.")
+
+    def why_not_sharded(self) -> str:
+        """See ``PretrainedModule``."""
+        return "a prefix is put into whole layers"
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [batch, length, hidden size] of a right-padded batch, each row one text."""

@@ -310,7 +310,7 @@ class OwnerLayers:
         if self.part.head is None:
             raise InputError("The owner's part of the model has no head.")
         tokens = states.shape[1] - (session.length if self.brings_virtual_states(session.prefix) else 0)
-        limits = torch.tensor([len(states), tokens])
+        limits = torch.tensor([len(states), tokens], device=head.positions.device)
         vocabulary = int(self.part.body.config.vocab_size)
         columns = vocabulary if head.candidates is None else len(head.candidates)
         wrong = (

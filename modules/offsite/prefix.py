@@ -108,7 +108,8 @@ class Prefix(nn.Module):
             seed: Of the text's tokens.
         """
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, int(model.config.get_text_config().vocab_size), (settings.length,), generator=generator)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        ids = torch.randint(0, vocabulary, (settings.length,), generator=generator, device="cpu")
         return cls.of_text(model, settings, ids)
 
     @classmethod

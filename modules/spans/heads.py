@@ -33,7 +33,9 @@ def induction_scores(model: PreTrainedModel, *, tokens: int = 512, seed: int = 0
         Share of the attention, float64 [layers, key/value heads].
     """
     scores = np.zeros((int(model.config.num_hidden_layers), int(model.config.num_key_value_heads)))
-    random = torch.randint(0, int(model.config.vocab_size), (tokens,), generator=torch.Generator().manual_seed(seed))
+    random = torch.randint(
+        0, int(model.config.vocab_size), (tokens,), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )
     rows = torch.arange(tokens, 2 * tokens, device=model.device)
 
     def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, dense: Callable[[], Tensor]) -> Tensor:

@@ -91,3 +91,12 @@ def test_without_tokenizer_and_model_the_message_says_so(documents_file):
     data = TextDataModule(str(documents_file))
     with pytest.raises(InputError, match="tokenizer=None"):
         data.prepare_data()
+
+
+def test_calibration_batch_is_the_same_where_new_tensors_stand_elsewhere(documents_file):
+    """As on a GPU, where Lightning has models made, for which it is asked."""
+    data = ready(str(documents_file))
+    expected = data.calibration_batch(50)
+    with torch.device("meta"):
+        found = data.calibration_batch(50)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

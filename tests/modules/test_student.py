@@ -68,3 +68,12 @@ def test_impossible_students_are_refused_by_name(spec, message):
 def test_influence_without_tokens_says_what_to_do():
     with pytest.raises(InputError, match="by='even'"):
         build_student(tiny_model(), StudentSpec(LayerChoice(2)))
+
+
+def test_tiny_model_and_influence_are_the_same_where_new_tensors_stand_elsewhere():
+    """As on a GPU, where Lightning has models made."""
+    ids = torch.randint(3, 200, (2, 9))
+    expected = block_influence(tiny_model(), ids)
+    with torch.device("meta"):
+        found = block_influence(tiny_model(), ids)
+    assert torch.equal(found, expected)

@@ -168,3 +168,12 @@ def test_what_does_not_fit_is_refused(made, message):
     model = model_of("llama")
     with pytest.raises(InputError, match=message):
         made(model)
+
+
+def test_a_random_prefix_is_the_same_where_new_tensors_stand_elsewhere():
+    """As on a GPU, where Lightning has models made."""
+    model, settings = model_of("llama"), PrefixSettings(length=2)
+    expected = Prefix.random(model, settings, seed=3)
+    with torch.device("meta"):
+        found = Prefix.random(model, settings, seed=3)
+    assert torch.equal(found.rows[0], expected.rows[0])
