@@ -269,8 +269,7 @@ class GradientPruning(Callback):
             )
         mean = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
         self._losses.clear()
-        device = pl_module.device
-        if device.type == "cuda":
+        if (device := pl_module.device).type == "cuda":
             torch.cuda.synchronize(device)
             exchange.at_work.clear()
         seconds = self._seconds + time.perf_counter() - self._batch_begin
