@@ -180,16 +180,16 @@ class OwnerServer:
             self._grumble(f"A call {name} of party {party} is refused: {error}", party)
             context.abort(status.INVALID_ARGUMENT, str(error))
         except Exception:
-            log.exception("Call %s of party %s failed", name, party)
+            self._grumble(f"Call {name} of party {party} failed", f"{party} failed", with_trace=True)
             context.abort(status.INTERNAL, "The owner failed on this call; its log says how.")
         raise AssertionError("abort does not return")
 
-    def _grumble(self, text: str, party: str = "") -> None:
-        """Log what was refused, of each party once a second at most: whoever calls cannot fill the owner's disk."""
+    def _grumble(self, text: str, key: str = "", *, with_trace: bool = False) -> None:
+        """Log what was refused or failed, of each key once a second at most: whoever calls cannot fill the owner's disk."""
         now = time.monotonic()
-        if now - self._grumbled.get(party, -1.0) >= 1:
-            self._grumbled[party] = now
-            log.warning("%s", text)
+        if now - self._grumbled.get(key, -1.0) >= 1:
+            self._grumbled[key] = now
+            log.warning("%s", text, exc_info=with_trace)
 
     def _forget(self) -> None:
         """Drop what is too old, also where nobody calls."""
