@@ -79,7 +79,7 @@ class PretrainedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
-        optimizer = self._made(self.optimizer)
+        optimizer = self._new_optimizer(self.optimizer)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -89,7 +89,7 @@ class PretrainedModule(LightningModule):
             settings |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
-    def _made(self, make: OptimizerCallable) -> Optimizer:
+    def _new_optimizer(self, make: OptimizerCallable) -> Optimizer:
         """Return an optimizer of all that is trained."""
         optimizer = make([parameter for parameter in self.parameters() if parameter.requires_grad])
         # Fused ones can undo a loss scale by themselves, so that Lightning would not clip under any mixed precision.

@@ -347,7 +347,7 @@ class FusionCompression(SoftLabelDistillation):
         """Return the stage's optimizer, and the last one's schedule."""
         if self.in_last_stage:
             return super().configure_optimizers()
-        return self._made(self.operator_optimizer)
+        return self._new_optimizer(self.operator_optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the stage."""

@@ -138,7 +138,10 @@ class OwnerLayers:
                 raise InputError(f"{name}={value} keeps nothing. Legal: above 0.")
         rope = (getattr(part.body.config, "rope_parameters", None) or {}).get("rope_type")
         if rope in ("dynamic", "longrope"):
-            raise InputError(f"model: its positions ({rope}) depend on the longest text that was read, here of any party.")
+            raise InputError(
+                f"model: its positions ({rope}) depend on the longest text that was read, here of any party. Give a model whose "
+                "positions do not."
+            )
         self.part = part.requires_grad_(False).eval()
         self.lifetime, self.most_graphs, self.most_logits, self.clock = lifetime, most_graphs, most_logits, clock
         self.most_batches, self.most_sessions = most_batches, most_sessions

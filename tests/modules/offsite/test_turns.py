@@ -7,10 +7,9 @@ from fulgurite.modules.offsite.turns import Turns
 
 
 def test_a_party_with_many_calls_does_not_push_others_back():
-    turns, order, ready = Turns(), [], []
+    turns, order = Turns(), []
 
     def call(party):
-        ready.append(party)
         with turns.of(party):
             order.append(party)
 
