@@ -49,11 +49,16 @@ def brief(message: str, options: list[str]) -> str:
         return f"{option}={value}: expected {kind}.{words if value in ('True', 'False') else ''}"
     path = re.search(r"Expected a dot import path string: (.+)", message)
     if path:
-        return f"{option}={path[1]}: no such class. `fulgurite fit --help` names those that can be given."
+        return f"{option}={path[1]}: no such class.{_meant(path[1])} Legal: a class of Fulgurite or Lightning, or a dotted path."
     strange = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
     if strange:
         return f"{strange[1]} is no option.{nearest(strange[1], options).partition(' Legal:')[0]}"
     return message
+
+
+def _meant(name: str) -> str:
+    packages = (import_module(f"..{package}", __package__) for package in ("modules", "datamodules", "callbacks"))
+    return nearest(name, [public for package in packages for public in package.__all__]).partition(" Legal:")[0]
 
 
 def _settings(path: str) -> list[str]:

@@ -23,7 +23,11 @@ from fulgurite.experiments.main import main
             "fit -c fusion/compress --trainer.max_stepps 1",
             "--trainer.max_stepps is no option. Did you mean '--trainer.max_",
         ),
-        ("fit -c fusion/compress --model Fussion", "--model=Fussion: no such class."),
+        ("fit -c fusion/compress --model Fussion", "--model=Fussion: no such class. Did you mean 'FusionCompression'"),
+        (
+            'fit -c multitask/train --data.tasks {"mine":{"class_path":"ClasificationTask"}}',
+            "=ClasificationTask: no such class. Did you mean 'ClassificationTask'",
+        ),
         ("generate --modl x", "--modl is no option. Did you mean '--model'"),
         ("generate", "the following arguments are required: model, prompt"),
         ("owner serv", "invalid choice: 'serv'"),
