@@ -72,6 +72,24 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _fsync_files(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _fsync(file)
+
+
+def publish_folder(parts: Path, path: Path) -> None:
+    """Give a folder that is complete its name; until then, all stays where it was.
+
+    Args:
+        parts: The folder, beside ``path``.
+        path: Its name; nothing is there.
+    """
+    _fsync_files(parts)
+    os.rename(parts, path)
+    _fsync(path.parent)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of ``path`` when the block ends without an error.
@@ -88,9 +106,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
+        _fsync_files(temporary)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)

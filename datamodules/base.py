@@ -98,7 +98,11 @@ class TokenDataModule(LightningDataModule):
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(examples, pad=self.tokenizer.pad_token_id or 0)
 
-    def _loader(self, dataset: Dataset | None, *, training: bool) -> ResumableLoader:
+    def _lengths(self, dataset: Dataset) -> list[int] | None:
+        """Return the examples' lengths where batches shall be of examples of like length."""
+        return None
+
+    def _loader(self, dataset: Dataset | None, *, training: bool, in_order: bool = False) -> ResumableLoader:
         if dataset is None:
             raise InputError(f"{type(self).__name__} has no such sequences: nothing is held out, or setup() was not called.")
         trainer = self.trainer
@@ -109,6 +113,8 @@ class TokenDataModule(LightningDataModule):
             seed=self.seed,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
+            lengths=None if in_order else self._lengths(dataset),
+            batch_size=self.batch_size,
         )
         return ResumableLoader(
             dataset,
@@ -134,7 +140,7 @@ class TokenDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> ResumableLoader:
         """Return the sequences to predict on, in order, each on one rank."""
-        return self._loader(self.predict_set, training=False)
+        return self._loader(self.predict_set, training=False, in_order=True)
 
 
 def data_hashes(trainer: Trainer) -> dict[str, str]:

@@ -15,7 +15,7 @@ from .packing import left_padded
 
 
 class InstructionDataModule(TokenDataModule):
-    """Rows of a prompt and a response, rendered with the model's chat template; only the response carries loss.
+    """Rows of a prompt and a response, in the model's chat template or as plain text; only the response carries loss.
 
     Args:
         train: A .jsonl or .parquet file or ``hub:owner/name[/config][:split]`` with one prompt and response a row; or
@@ -26,6 +26,9 @@ class InstructionDataModule(TokenDataModule):
         response_field: Column of the response.
         predict_split: What ``predict`` reads: ``prompts`` of the validation rows, left-padded, to be answered; or ``train`` or
             ``val`` rows with their responses, for a capture of soft labels.
+        chat: Render rows with the model's chat template. False is for base models, too: the response stands behind the prompt
+            as both are written, spaces and all, and the tokenizer's end of text behind it.
+        group_by_length: Make batches, except of ``predict``, of rows of like length: less padding to compute.
         max_length: Tokens of a row at most; longer rows are cut at the end, rows whose prompt alone is longer left out.
         batch_size: Rows a batch on each device.
         tokenizer: Source of the tokenizer; None takes the model's own.
@@ -45,6 +48,8 @@ class InstructionDataModule(TokenDataModule):
         prompt_field: str = "prompt",
         response_field: str = "response",
         predict_split: Literal["prompts", "train", "val"] = "prompts",
+        chat: bool = True,
+        group_by_length: bool = False,
         max_length: int = 1024,
         batch_size: int = 4,
         tokenizer: str | None = None,
@@ -70,6 +75,7 @@ class InstructionDataModule(TokenDataModule):
         self.train_source, self.val_source, self.val_fraction = train, val, val_fraction
         self.fields = {"prompt_field": prompt_field, "response_field": response_field}
         self.predict_split, self.max_length = predict_split, max_length
+        self.chat, self.group_by_length = chat, group_by_length
         self._content: dict[str, str] = {}
 
     @property
@@ -81,10 +87,10 @@ class InstructionDataModule(TokenDataModule):
         """Read the rows and render them."""
         if self.train_set is not None:
             return
-        if not self.tokenizer.chat_template:
+        if self.chat and not self.tokenizer.chat_template:
             raise DataError(
-                f"The tokenizer of {getattr(self.tokenizer, 'name_or_path', '')!r} has no chat template: it belongs to a base "
-                "model, which chat data cannot be rendered for. Use an instruction-tuned model, or TextDataModule."
+                f"chat=True: the tokenizer of {getattr(self.tokenizer, 'name_or_path', '')!r} has no chat template: it belongs "
+                "to a base model. Give chat: false for plain text, or use an instruction-tuned model."
             )
         train = self._rows(self.train_source, "train")
         if self.val_source is not None:
@@ -125,6 +131,10 @@ class InstructionDataModule(TokenDataModule):
 
     def _ids(self, prompt: str, response: str | None = None) -> tuple[list[int], list[int]]:
         """Return the ids of the rendered prompt, and of what follows it in the rendered conversation."""
+        if not self.chat:
+            answer = [] if response is None else list(self.tokenizer(response, add_special_tokens=False).input_ids)
+            end = self.tokenizer.eos_token_id
+            return list(self.tokenizer(prompt).input_ids), answer if end is None else [*answer, end]
         messages = [{"role": "user", "content": prompt}]
         head = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         head_ids = self.tokenizer(head, add_special_tokens=False).input_ids
@@ -150,6 +160,9 @@ class InstructionDataModule(TokenDataModule):
         ids, mask = left_padded(prompts, self.tokenizer.pad_token_id or 0)
         return {"input_ids": ids, "attention_mask": mask}
 
+    def _lengths(self, dataset: Dataset) -> list[int] | None:
+        return dataset.lengths() if self.group_by_length and isinstance(dataset, InstructionExamples) else None
+
     def hashes(self) -> dict[str, str]:
         """Return the hashes of the rows and the tokenizer's fingerprint."""
         return {**super().hashes(), **self._content}
@@ -167,6 +180,10 @@ class InstructionExamples(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each."""
+        return [len(head) + len(answer) for head, answer in self.pairs]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return ``input_ids``, ``labels`` (-100 in the prompt) and ``position_ids``, int64 [length]."""

@@ -1,12 +1,15 @@
 """A data loader whose order depends only on (seed, epoch, rank) and which goes on in the middle of an epoch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
+
+_WINDOW = 32  # batches among which examples of like length are looked for
 
 
 class EpochSampler(Sampler[int]):
@@ -19,13 +22,27 @@ class EpochSampler(Sampler[int]):
         seed: Seed of the order.
         rank: This process.
         world_size: Number of processes.
+        lengths: Of the examples: those of a batch, on all ranks, are of like length then, and the batches come in a random order.
+        batch_size: With ``lengths``: examples a batch on each rank.
     """
 
     def __init__(
-        self, size: int, *, shuffle: bool, even: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        size: int,
+        *,
+        shuffle: bool,
+        even: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
     ) -> None:
         self.size, self.shuffle, self.seed = size, shuffle, seed
         self.rank, self.world_size = rank, world_size
+        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.block = batch_size * world_size
+        self.settings = {} if lengths is None else {"group_by_length": True}
         self.used = size // world_size * world_size if even else size
         self.epoch = 0
         self.skip = 0
@@ -35,13 +52,23 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.size, generator=generator)
-        else:
-            order = torch.arange(self.size)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + (self.epoch if self.shuffle else 0))
+        order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
+        order = order[: self.used]
+        if self.lengths is not None:
+            order = self._grouped(order, generator)
         skip, self.skip = self.skip, 0  # for one iteration; a DataLoader without workers asks only at its first batch
-        return iter(order[self.rank : self.used : self.world_size].tolist()[skip:])
+        return iter(order[self.rank :: self.world_size].tolist()[skip:])
+
+    def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
+        """Sort within windows of many batches, so that what comes together still depends on the order; then mix the batches."""
+        assert self.lengths is not None
+        whole = len(order) // self.block * self.block
+        windows = order[:whole].split(_WINDOW * self.block)
+        near = [window[self.lengths[window].argsort(stable=True)] for window in windows]
+        blocks = torch.cat([*near, order[:0]]).view(-1, self.block)
+        mixed = blocks[torch.randperm(len(blocks), generator=generator)]
+        return torch.cat([mixed.flatten(), order[whole:]])  # an unfilled last batch stays one
 
     def __len__(self) -> int:
         return len(range(self.rank, self.used, self.world_size))
@@ -109,7 +136,7 @@ class ResumableLoader:
             "world_size": sampler.world_size,
             "seed": sampler.seed,
             "content": self.content,
-            **getattr(sampler, "settings", {}),
+            **sampler.settings,
         }
 
     def state_dict(self) -> dict[str, Any]:

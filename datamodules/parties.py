@@ -25,6 +25,8 @@ class PartyDataModule(InstructionDataModule):
         val_rows: Number of rows to validate on, of ``val`` or held out; None takes all of ``val``, or ``val_fraction``.
         prompt_field: Column of the prompt.
         response_field: Column of the response.
+        chat: Rows in the model's chat template, or as plain text; see ``InstructionDataModule``.
+        group_by_length: Make batches of rows of like length: less padding to compute.
         max_length: Tokens of a row at most; longer rows are cut at the end, rows whose prompt alone is longer left out.
         batch_size: Rows a batch on each device.
         tokenizer: Source of the tokenizer; None takes the model's own.
@@ -49,6 +51,8 @@ class PartyDataModule(InstructionDataModule):
         val_rows: int | None = None,
         prompt_field: str = "prompt",
         response_field: str = "response",
+        chat: bool = True,
+        group_by_length: bool = True,
         max_length: int = 512,
         batch_size: int = 4,
         tokenizer: str | None = None,
@@ -61,6 +65,8 @@ class PartyDataModule(InstructionDataModule):
             val_fraction=val_fraction,
             prompt_field=prompt_field,
             response_field=response_field,
+            chat=chat,
+            group_by_length=group_by_length,
             max_length=max_length,
             batch_size=batch_size,
             tokenizer=tokenizer,
@@ -81,9 +87,12 @@ class PartyDataModule(InstructionDataModule):
 
     def _rows(self, source: str, name: str) -> list[tuple[str, str]]:
         limit = self.train_rows if name == "train" else self.val_rows
+        rows = super()._rows(source, name)
         if name == "train" and limit is not None and self.val_source is None:
-            limit += self.val_rows or 0
-        return super()._rows(source, name)[:limit]
+            wanted = limit
+            while limit < len(rows) and limit - (self.val_rows or super()._held_out(limit)) < wanted:
+                limit += 1
+        return rows[:limit]
 
     def _held_out(self, rows: int) -> int:
         if self.val_rows is None:

@@ -246,11 +246,16 @@ class LanguageModel(PretrainedModule):
         self.calibration_error.update(parts.confidence, parts.correct)
         return parts
 
+    def loss_is_of_text(self) -> bool:
+        """Return whether the loss in an evaluation is that of all supervised tokens, so that there is a perplexity."""
+        return True
+
     def _log_evaluation(self, stage: str) -> None:
         loss, tokens, size = (float(metric.compute()) for metric in (self.mean_loss, self.token_count, self.byte_count))
         self.log(f"{stage}_loss", loss, prog_bar=True)
-        self.log(f"{stage}_perplexity", math.exp(min(loss, 700.0)))
-        self.log(f"{stage}_bits_per_byte", loss * tokens / max(size, 1) / math.log(2))
+        if self.loss_is_of_text():
+            self.log(f"{stage}_perplexity", math.exp(min(loss, 700.0)))
+            self.log(f"{stage}_bits_per_byte", loss * tokens / max(size, 1) / math.log(2))
         self.log(f"{stage}_calibration_error", float(self.calibration_error.compute()))
         for module in self.children():
             if isinstance(module, Metric):

@@ -75,8 +75,7 @@ def demo(
     if not emulator.is_dir():
         words = ["fit", "-c", "offsite/emulator", f"--model.source={model}", f"--model.emulator.layers={layers}"]
         words += [f"--model.emulator.identical={cut}", f"--data.train={text}", f"--trainer.max_steps={emulator_steps}"]
-        words += [*common, "--run=emulator"]
-        _run("owner", words, root)
+        _run("owner", _gone_on([*words, *common, "--run=emulator"], root / "emulator"), root)
     test = [f"--data.train={task}", f"--data.train_rows={rows}", f"--data.val_rows={val_rows}", f"--model.candidates={choices}"]
     owner, address = _serve(model, emulator, papers, root)
     try:
@@ -140,9 +139,14 @@ def _party(
             words += [f"--model.start={start}", *_reach(address, papers, name)]
         start = root / run / "prefix"
         if not start.is_dir():
-            _run(name, [*words, "--ckpt_path=last"] if list((root / run).glob("checkpoints/*.ckpt")) else words, root)
+            _run(name, _gone_on(words, root / run), root)
     assert start is not None
     return start
+
+
+def _gone_on(words: list[str], run: Path) -> list[str]:
+    """Return a command that goes on where it was killed."""
+    return [*words, "--ckpt_path=last"] if list(run.glob("checkpoints/*.ckpt")) else words
 
 
 def _reach(address: str, papers: Path, name: str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from ...callbacks import TokenRate
 from ...datamodules import PartyDataModule
 from ...errors import InputError, nearest
-from ...files import atomic_folder, cache_folder, digest, write_json
+from ...files import cache_folder, digest, write_json
 from ...modules import OffsitePrefixTuning, WarmupCosine
 from ...modules.offsite import EmulatorManifest, ModelPart, Prefix, PrefixSettings
 from ...modules.offsite.averaging import average_prefixes
@@ -74,7 +75,7 @@ class Ladder:
         self.full, self.emulator, self.prefix, self.seed = full, emulator, prefix, seed
         self.common: dict[str, Any] = {"candidates": CANDIDATES[task], "weights": weights}
         files: dict[str, Any] = {"train": str(Path(rows) / "train.jsonl"), "val": str(Path(rows) / "test.jsonl")}
-        self.data = partial(PartyDataModule, **files, batch_size=batch_size, max_length=512)
+        self.data = partial(PartyDataModule, **files, chat=False, batch_size=batch_size, max_length=512)
         self.tokens = 0
 
     def rows(self, **data: Any) -> int:
@@ -251,17 +252,15 @@ def _federated(
 
     folders = [ladder.on_emulator(steps, tune_rate, **share) for steps, share in zip(steps_of(tune_steps), shares)]
     mean = average_prefixes([Prefix.load(folder, manifest.model, layer_map) for folder in folders], steps_of(tune_steps))
-    work = cache_folder("offsite", f"rounds-{digest([str(folder) for folder in folders])}")
-    for turn in range(rounds):
-        with atomic_folder(work / str(turn)) as new:
-            mean.save(new / "prefix", manifest.model)
-        start = work / str(turn) / "prefix"
-        local = steps_of((turn + 1) * split_steps // rounds - turn * split_steps // rounds)
-        found = [
-            ladder.split(start, steps, split_rate, layer_map, 1 + turn, **share).prefix for steps, share in zip(local, shares)
-        ]
-        mean = average_prefixes([prefix for prefix in found if prefix is not None], local)
-        log.info("Round %d of %d is averaged", turn + 1, rounds)
-    with atomic_folder(work / "last") as new:
-        mean.save(new / "prefix", manifest.model)
-    return ladder.score(ladder.plugged(ladder.full, work / "last" / "prefix"))
+    with TemporaryDirectory() as work:
+        start = Path(work) / "prefix"
+        mean.save(start, manifest.model)
+        for turn in range(rounds):
+            local = steps_of((turn + 1) * split_steps // rounds - turn * split_steps // rounds)
+            found = [
+                ladder.split(start, steps, split_rate, layer_map, 1 + turn, **share).prefix for steps, share in zip(local, shares)
+            ]
+            mean = average_prefixes([prefix for prefix in found if prefix is not None], local)
+            mean.save(start, manifest.model)
+            log.info("Round %d of %d is averaged", turn + 1, rounds)
+        return ladder.score(ladder.plugged(ladder.full, start))

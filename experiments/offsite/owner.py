@@ -61,6 +61,7 @@ def serve(
     most_batch_tokens: int = 1 << 14,
     most_step_tokens: int = 1 << 17,
     most_tokens: int = 8192,
+    most_wait: float = 60.0,
     announce: str | None = None,
 ) -> None:
     """Serve the layers of a model behind a cut to parties that tune a prefix or write text, until stopped.
@@ -80,6 +81,7 @@ def serve(
         most_batch_tokens: Of a batch, virtual positions too.
         most_step_tokens: Of all batches of a party's optimizer step.
         most_tokens: Of a text that is written.
+        most_wait: Seconds that a message may take to arrive.
         announce: JSON file to write the address into once the service answers.
     """
     config = load_config(model)
@@ -121,6 +123,7 @@ def serve(
         key=Path(key),
         address=address,
         most_message_bytes=most_message_bytes,
+        most_wait=most_wait,
     ).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())

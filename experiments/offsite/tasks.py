@@ -9,15 +9,15 @@ from pathlib import Path
 from ...errors import InputError, nearest
 from ...files import write_atomic
 
-_SENTIMENT = ("negative", "positive")
-_TOPICS = ("World", "Sports", "Business", "Technology")
+_SENTIMENT = (" negative", " positive")  # as they stand in plain text
+_TOPICS = (" World", " Sports", " Business", " Technology")
 CANDIDATES = {"sst2": list(_SENTIMENT), "ag_news": list(_TOPICS)}
 
 
 def write_task(
     *, seed: int = 0, task: str, data: str, folder: str, train_rows: int, test_rows: int, held_out: bool = False
 ) -> dict[str, float]:
-    """Write ``train.jsonl`` and ``test.jsonl`` of a task; return how many rows they have.
+    """Write ``train.jsonl`` and ``test.jsonl`` of a task, for plain text; return how many rows they have.
 
     Args:
         seed: Not used: the first rows of the published files are taken.
@@ -49,22 +49,21 @@ def write_task(
 
 def _shares_text(row: tuple[str, str], others: list[tuple[str, str]]) -> bool:
     """Return whether a row's text holds that of another or stands in it; SST-2's training rows are parts of sentences."""
-    own, *texts = (prompt.partition("? ")[2] for prompt, _ in (row, *others))
+    own, *texts = (prompt.rpartition("\n")[0] for prompt, _ in (row, *others))
     return any(min(own.count(" "), text.count(" ")) >= 3 and (own in text or text in own) for text in texts)
 
 
 def _sst2(folder: Path, split: str) -> Iterator[tuple[str, str]]:
     with open(folder / {"train": "train_b.tsv", "test": "validation.tsv"}[split], encoding="utf-8") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            yield f"Is this review positive or negative? {row['sentence'].strip()}", _SENTIMENT[int(row["label"])]
+            yield f"{row['sentence'].strip()}\nSentiment:", _SENTIMENT[int(row["label"])]
 
 
 def _ag_news(folder: Path, split: str) -> Iterator[tuple[str, str]]:
-    question = "Which topic is this news about: World, Sports, Business or Technology?"
     with open(folder / {"train": "train_5k.csv", "test": "test.csv"}[split], encoding="utf-8", newline="") as file:
         for row in csv.reader(file):
             if split == "train":
                 text, topic = row[0], int(row[1])
             else:
                 text, topic = f"{row[1]} {row[2]}", int(row[0]) - 1
-            yield f"{question} {text}", _TOPICS[topic]
+            yield f"{text}\nTopic:", _TOPICS[topic]

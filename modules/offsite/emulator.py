@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import InputError
-from ...files import atomic_folder, write_json
+from ...files import publish_folder, write_json
 from ..student import block_influence, decoder_layers
 from .client import OwnerClient
 from .prefix import StandsFor
@@ -252,8 +251,8 @@ def download(client: OwnerClient, folder: Path, *, progress: Callable[[int, int]
             raise InputError(
                 f"{name} did not arrive as the owner says (another hash): it was deleted. Call again to fetch it anew."
             )
-    with atomic_folder(folder) as new:
-        for name in files:
-            os.replace(parts / name, new / name)
-    parts.rmdir()
+    for path in parts.iterdir():
+        if path.name not in files:  # of a download before, from an owner that had other files
+            path.unlink()
+    publish_folder(parts, folder)
     EmulatorManifest.load(folder)

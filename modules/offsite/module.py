@@ -19,6 +19,7 @@ from ..language_model import Batch, GenerationSettings, LanguageModel
 from ..linear_loss import LossParts, shift_labels
 from ..precision import FrozenDtype, frozen_dtype
 from ..pretrained import head_weight, load_model, model_fingerprint
+from .choices import Choices
 from .client import OwnerAccess
 from .emulator import MANIFEST, EmulatorManifest
 from .owner import HeadRequest
@@ -37,8 +38,8 @@ class OffsitePrefixTuning(LanguageModel):
     ``phase: emulator`` learns it on a model at hand, the owner's emulator. ``phase: plug_in`` puts it into the owner's model, for
     whoever has that, to validate and to predict. ``phase: split`` validates, predicts and goes on learning through the owner's
     layers over the network; the party holds embedding, first layers and head, all of them from the emulator's folder. Every
-    example is read as one text behind the prefix. With ``candidates``, ``val_accuracy`` is logged: how often the first token of
-    the right answer is the most likely one among those of the candidates.
+    example is read as one text behind the prefix. With ``candidates``, ``val_accuracy`` is logged: how often the token by which
+    the right answer is told from the others is the most likely one among theirs.
 
     Prefixes are learnt as in P-tuning v2 (arXiv 2110.07602) or prefix tuning (arXiv 2101.00190); emulator and plug-in follow
     Offsite-Tuning (arXiv 2302.04870).
@@ -59,7 +60,8 @@ class OffsitePrefixTuning(LanguageModel):
             harder to read for the owner, and for its layers.
         send_labels: With ``head: owner``, let the owner compute the loss from the labels, which saves bytes. It could read them
             from the gradients, too.
-        candidates: Answers to choose from, each beginning with another token; with ``head: owner``, only their logits are asked.
+        candidates: Answers to choose from, as they stand in the rows; behind the tokens with which all begin, if any, each has
+            another one. With ``head: owner``, only the logits of these are asked.
         optimizer: Optimizer, given its parameters.
         lr_scheduler: Learning-rate schedule, stepped with every optimizer step; None keeps the rate.
         weights: Type of the frozen weights, ``auto`` is bfloat16 where that is fast; the prefix is learnt in float32.
@@ -139,7 +141,7 @@ class OffsitePrefixTuning(LanguageModel):
         self._plug = ExitStack()
         self.fingerprint = ""
         """Of the model that the prefix is for."""
-        self._candidate_ids: Tensor | None = None
+        self._choices: Choices | None = None
         self.accuracy = MeanMetric()
 
     @property
@@ -150,7 +152,7 @@ class OffsitePrefixTuning(LanguageModel):
     def _build(self) -> PreTrainedModel:
         if self.phase == "split":
             self._meet_owner()
-        self._candidate_ids = self._first_tokens()
+        self._choices = None if self.candidates is None else Choices(self.candidates, self.tokenizer)
         model = load_model(self.source.name, self.weights, attn_implementation=self.attn_implementation)
         own = model_fingerprint(model)
         self.fingerprint = self.manifest.model if self.phase == "split" and self.manifest is not None else own
@@ -160,29 +162,13 @@ class OffsitePrefixTuning(LanguageModel):
             self.prefix = self._new_prefix(model, self.prefix_settings)
         return model
 
-    def _first_tokens(self) -> Tensor | None:
-        """Return the candidates' first tokens [candidates]."""
-        if self.candidates is None:
-            return None
-        first = [self.tokenizer(answer, add_special_tokens=False).input_ids[:1] for answer in self.candidates]
-        if len({tuple(ids) for ids in first}) < len(first) or not all(first):
-            raise InputError(f"candidates={self.candidates}: two of them begin with the same token, or with none.")
-        return torch.tensor(first)[:, 0]
-
     def _check_answers(self, data: Any) -> None:
         """Refuse rows whose answer is none of the candidates, before weights are read."""
-        known = self._first_tokens()
-        sets = [found for found in (getattr(data, "train_set", None), getattr(data, "val_set", None)) if found is not None]
-        if known is None or not sets:
+        if self.candidates is None:
             return
-        answers = [row["labels"][row["labels"] != -100] for rows in sets for row in rows if "labels" in row]
-        other = [answer for answer in answers if len(answer) and answer[0] not in known]
-        if other:
-            example = str(self.tokenizer.decode(other[0], skip_special_tokens=True)).strip()
-            raise InputError(
-                f"candidates={self.candidates}: {len(other)} of {len(answers)} rows have another answer, such as {example!r}. "
-                'Name all (--model.candidates \'["yes","no"]\'), or give null if rows have no fixed ones.'
-            )
+        sets = [found for found in (getattr(data, "train_set", None), getattr(data, "val_set", None)) if found is not None]
+        answers = (row["labels"][row["labels"] != -100] for rows in sets for row in rows if "labels" in row)
+        Choices(self.candidates, self.tokenizer).check(answers)
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
         """See ``PretrainedModule``; of a split, what the party holds and the owner computes."""
@@ -287,20 +273,21 @@ class OffsitePrefixTuning(LanguageModel):
         supervised = targets != -100
         if self.head == "owner":
             return self._loss_of_owner(batch, targets, supervised)
-        if self.training or self._candidate_ids is None:
+        if self.training or self._choices is None:
             return super().loss_parts(batch)
         assert self.model is not None
         states = self.hidden_states(batch)
-        rows, places = _first(supervised)
-        candidates = head_weight(self.model)[self._candidate_ids.to(states.device)]
+        rows, places = self._choices.decisive(supervised)
+        candidates = head_weight(self.model)[self._choices.ids.to(states.device)]
         self._note_accuracy(states[rows, places] @ candidates.T, targets[rows, places])
         return self._loss_of_states(states, targets, supervised)
 
     def _loss_of_owner(self, batch: Batch, targets: Tensor, supervised: Tensor) -> LossParts:
-        """Ask the owner's head, at the first supervised position of each row where there are candidates, else at all."""
+        """Ask the owner's head, where there are candidates at the position of each row that decides among them, else at all."""
         assert self._owners is not None
-        owners, candidates = self._owners, self._candidate_ids
-        rows, places = supervised.nonzero(as_tuple=True) if candidates is None else _first(supervised)
+        owners, choices = self._owners, self._choices
+        candidates = None if choices is None else choices.ids
+        rows, places = supervised.nonzero(as_tuple=True) if choices is None else choices.decisive(supervised)
         labels = targets[rows, places]
         if candidates is not None:
             choice = labels[:, None] == candidates.to(labels.device)
@@ -327,13 +314,17 @@ class OffsitePrefixTuning(LanguageModel):
             self.accuracy.update(correct.float().mean(), len(correct))
         return LossParts(mean, mean.detach(), mean.new_zeros(()), correct.float().mean(), len(labels), confidence, correct)
 
+    def loss_is_of_text(self) -> bool:
+        """See ``LanguageModel``; an owner that is asked for candidates gives the loss among these."""
+        return self.head == "party" or self.candidates is None
+
     def _note_accuracy(self, logits: Tensor, right: Tensor) -> None:
-        assert self._candidate_ids is not None
-        correct = self._candidate_ids.to(right.device)[logits.float().argmax(dim=-1)] == right
+        assert self._choices is not None
+        correct = self._choices.ids.to(right.device)[logits.float().argmax(dim=-1)] == right
         self.accuracy.update(correct.float().mean(), len(correct))
 
     def _log_evaluation(self, stage: str) -> None:
-        if self._candidate_ids is not None:
+        if self._choices is not None:
             self.log(f"{stage}_accuracy", self.accuracy.compute(), prog_bar=True)
         super()._log_evaluation(stage)
 
@@ -387,9 +378,3 @@ class OffsitePrefixTuning(LanguageModel):
                 "of the run that wrote it."
             )
         checkpoint["state_dict"] = {**ours, **theirs}
-
-
-def _first(supervised: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row and place of the first supervised position of every row that has one."""
-    rows = supervised.any(dim=1).nonzero()[:, 0]
-    return rows, supervised[rows].int().argmax(dim=1)

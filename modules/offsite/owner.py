@@ -233,10 +233,9 @@ class OwnerLayers:
                     "Accumulate fewer, or name candidates."
                 )
             given = states.clone().requires_grad_()
+            self._make_room()
             graph = self._through(given, session, head)
             session.batches[batch] = kept = _Batch(given, head, graph.detach(), graph)
-            while len(self._graphs) >= self.most_graphs:
-                self._graphs.popleft().graph = None
             self._graphs.append(kept)
             return kept.output
 
@@ -268,6 +267,7 @@ class OwnerLayers:
                 )
             try:
                 if known.graph is None:
+                    self._make_room()
                     known.graph = self._through(known.given, session, known.head)
                 known.graph.backward(gradient.to(known.graph))
             except BaseException:
@@ -371,6 +371,10 @@ class OwnerLayers:
         session = self._sessions.pop(party, None)
         for batch in session.batches.values() if session is not None else ():
             self._release(batch)
+
+    def _make_room(self) -> None:
+        while len(self._graphs) >= self.most_graphs:
+            self._graphs.popleft().graph = None
 
     def _release(self, batch: _Batch) -> None:
         batch.graph = None

@@ -87,7 +87,10 @@ class OwnerServer:
         self.layers, self.texts, self.emulator, self._model = layers, texts or OwnerTexts(layers), emulator, model
         self._tokens = {name: token.encode() for name, token in tokens.items()}
         self._most_wait = most_wait
+        # A call counts until its handler is done and its reply has gone: one that its party cancels is still computed, and who
+        # never reads its replies would have them pile up here.
         self._at_work = {name: threading.BoundedSemaphore(_CALLS_OF_ONE) for name in tokens}
+        self._unread = {name: threading.BoundedSemaphore(_CALLS_OF_ONE) for name in tokens}
         self._seen: set[str] = set()
         self._grumbled: dict[str, float] = {}
         self._stopped = threading.Event()
@@ -157,9 +160,17 @@ class OwnerServer:
             log.info("Party %s is here, from %s", party, context.peer())
         if not self._at_work[party].acquire(blocking=False):
             context.abort(status.RESOURCE_EXHAUSTED, f"{_CALLS_OF_ONE} calls of this party are at work. Ask again.")
-        # Until the reply has gone: who never reads them would have them pile up here.
-        if not context.add_callback(self._at_work[party].release):
+        try:
+            return self._admitted(name, party, messages, context)
+        finally:
             self._at_work[party].release()
+
+    def _admitted(self, name: str, party: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        status = self._grpc.StatusCode
+        if not self._unread[party].acquire(blocking=False):
+            context.abort(status.RESOURCE_EXHAUSTED, f"{_CALLS_OF_ONE} replies to this party have not gone. Ask again.")
+        if not context.add_callback(self._unread[party].release):
+            self._unread[party].release()
             context.abort(status.CANCELLED, "The call is over.")
         impatience = threading.Timer(self._most_wait, context.cancel)
         impatience.start()

@@ -51,6 +51,34 @@ def test_long_rows_are_cut_and_longer_prompts_left_out(rows_file):
         ready(rows_file, max_length=5)
 
 
+def test_plain_text_is_taken_as_it_is_written(rows_file):
+    data = ready(rows_file, chat=False, val_fraction=0)
+    tokenizer = tiny_tokenizer()
+    example = data.train_set[0]
+    assert example["input_ids"][-1] == tokenizer.eos_token_id
+    whole, learned = (tokenizer.decode(ids[:-1]) for ids in (example["input_ids"], example["labels"][example["labels"] != -100]))
+    assert learned.startswith("It is ")
+    assert whole.startswith("Add ")
+    assert whole.endswith(f".{learned}")
+
+
+def test_batches_of_like_length_have_less_padding(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "word " * (1 + number * 7 % 40), "response": "good"} for number in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def positions(loader):
+        return sum(batch["input_ids"].numel() for batch in loader)
+
+    near, far = (ready(str(path), group_by_length=group, val_fraction=0.5, batch_size=4) for group in (True, False))
+    assert positions(near.train_dataloader()) < 0.9 * positions(far.train_dataloader())
+    assert positions(near.val_dataloader()) < 0.9 * positions(far.val_dataloader())
+    prompts = ready(str(path), group_by_length=True, val=str(path), batch_size=4).predict_dataloader()
+    assert [int(mask.sum()) for batch in prompts for mask in batch["attention_mask"]] == [
+        len(far._ids(row["prompt"])[0]) for row in rows
+    ]
+
+
 def test_split_is_deterministic(rows_file):
     first, second = ready(rows_file, val_fraction=0.25), ready(rows_file, val_fraction=0.25)
     assert first.val_set.pairs == second.val_set.pairs

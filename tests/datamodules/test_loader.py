@@ -44,6 +44,34 @@ def test_order_depends_on_seed_epoch_and_rank_only():
     assert not set(ranks[0]) & set(ranks[1])
 
 
+def grouped(rank=0, world_size=1, shuffle=True):
+    """Batches of four examples whose lengths are a permutation of 0 to 200."""
+    lengths = [index * 37 % 201 for index in range(201)]
+    sampler = EpochSampler(
+        201, shuffle=shuffle, even=shuffle, seed=3, rank=rank, world_size=world_size, lengths=lengths, batch_size=4
+    )
+    order = list(sampler)
+    return order, [[lengths[index] for index in order[start : start + 4]] for start in range(0, len(order) // 4 * 4, 4)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_of_like_length_have_every_example_once_in_mixed_order(shuffle):
+    order, batches = grouped(shuffle=shuffle)
+    assert sorted(order) == list(range(201))
+    assert grouped(shuffle=shuffle)[0] == order
+    assert sum(max(batch) - min(batch) for batch in batches) / len(batches) < 12
+    firsts = [batch[0] for batch in batches]
+    assert sorted(firsts) != firsts
+    assert abs(sum(firsts[:25]) / 25 - 100) < 40  # a beginning is no choice of short ones
+
+
+def test_batches_of_like_length_are_so_on_all_ranks_together():
+    parts = [grouped(rank, 2) for rank in range(2)]
+    assert not set(parts[0][0]) & set(parts[1][0])
+    for one, two in zip(*(batches for _, batches in parts)):
+        assert max(one + two) - min(one + two) < 30
+
+
 def test_evaluation_sees_every_example_once():
     samplers = [EpochSampler(23, shuffle=False, rank=rank, world_size=4) for rank in range(4)]
     assert sorted(itertools.chain(*samplers)) == list(range(23))

@@ -76,6 +76,9 @@ def test_rows_of_a_common_file_are_held_out_before_it_is_shared(rows_file):
     assert texts(one.train_set) | texts(two.train_set) == texts(whole.train_set)
     assert len(whole.train_set) == 10
     assert not texts(whole.train_set) & texts(whole.val_set)
+    shared = PartyDataModule(rows_file, train_rows=10, val_fraction=0.3, tokenizer="random:tiny")
+    shared.setup("fit")
+    assert len(shared.train_set) == 10
     with pytest.raises(InputError, match="val_rows=20: .* has 20 rows. Leave some to train on"):
         PartyDataModule(rows_file, val_rows=20, tokenizer="random:tiny").setup("fit")
 

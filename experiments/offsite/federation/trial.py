@@ -64,7 +64,14 @@ def federate(
         for name, file in zip(names, files):
             deployment.add_party(name, file)
         deployment.run(
-            {"start": str(beginning.resolve()), "folder": str(root), "rounds": rounds, "parties": minimum, "timeout": timeout}
+            {
+                "start": str(beginning.resolve()),
+                "folder": str(root),
+                "rounds": rounds,
+                "parties": minimum,
+                "nodes": len(configs),
+                "timeout": timeout,
+            }
         )
     if not (root / "prefix").exists():
         raise InputError(f"The rounds did not come to their end; {root / 'server.log'} says why.")

@@ -21,7 +21,7 @@ from tests.conftest import prose
 def settings(tmp_path_factory):
     root = tmp_path_factory.mktemp("ladder")
     for split in ("train", "test"):
-        lines = [json.dumps({"prompt": f"{split} {n}", "response": ("negative", "positive")[n % 2]}) + "\n" for n in range(12)]
+        lines = [json.dumps({"prompt": f"{split} {n}", "response": (" negative", " positive")[n % 2]}) + "\n" for n in range(12)]
         (root / f"{split}.jsonl").write_text("".join(lines))
     (root / "text.txt").write_text(prose(300))
     module = EmulatorDistillation("random:tiny", emulator=EmulatorSpec([0, 1, 3], identical=1))

@@ -27,19 +27,19 @@ def test_rows_of_both_tasks(data):
     found = write_task(task="sst2", data=str(data), folder=str(data / "one"), train_rows=2, test_rows=9)
     assert found == {"train_rows": 2, "test_rows": 3}
     first = rows(data / "one", "train")[0]
-    assert first == {"prompt": 'Is this review positive or negative? a "fine train_b', "response": "positive"}
+    assert first == {"prompt": 'a "fine train_b\nSentiment:', "response": " positive"}
     write_task(task="ag_news", data=str(data), folder=str(data / "two"), train_rows=9, test_rows=9)
-    assert [row["response"] for row in rows(data / "two", "train")] == ["Business", "Sports"]
-    assert [row["response"] for row in rows(data / "two", "test")] == ["Technology", "World"]
-    assert rows(data / "two", "test")[0]["prompt"].endswith('Technology? A chip It is "small"')
+    assert [row["response"] for row in rows(data / "two", "train")] == [" Business", " Sports"]
+    assert [row["response"] for row in rows(data / "two", "test")] == [" Technology", " World"]
+    assert rows(data / "two", "test")[0]["prompt"] == 'A chip It is "small"\nTopic:'
     for task, folder in (("sst2", "one"), ("ag_news", "two")):
         assert {row["response"] for row in rows(data / folder, "train")} <= set(CANDIDATES[task])
 
 
 def test_held_out_rows_are_those_behind_the_rows_to_train_on(data):
     write_task(task="sst2", data=str(data), folder=str(data / "one"), train_rows=1, test_rows=9, held_out=True)
-    assert [row["prompt"].split("? ")[1] for row in rows(data / "one", "train")] == ['a "fine train_b']
-    assert [row["prompt"].split("? ")[1] for row in rows(data / "one", "test")] == ["dull", "more"]
+    assert [row["prompt"].split("\n")[0] for row in rows(data / "one", "train")] == ['a "fine train_b']
+    assert [row["prompt"].split("\n")[0] for row in rows(data / "one", "test")] == ["dull", "more"]
 
 
 def test_held_out_rows_share_no_longer_text_with_those_to_train_on(data):
@@ -53,7 +53,7 @@ def test_held_out_rows_share_no_longer_text_with_those_to_train_on(data):
     lines = "".join(f"{text} \t1\n" for text in texts)
     (data / "sst2" / "train_b.tsv").write_text(f"sentence\tlabel\n{lines}")
     write_task(task="sst2", data=str(data), folder=str(data / "one"), train_rows=1, test_rows=9, held_out=True)
-    assert [row["prompt"].split("? ")[1] for row in rows(data / "one", "test")] == ["sand", "of sand and fire"]
+    assert [row["prompt"].split("\n")[0] for row in rows(data / "one", "test")] == ["sand", "of sand and fire"]
 
 
 def test_an_unknown_task_is_refused(data):

@@ -153,12 +153,9 @@ def test_a_head_at_the_owner(emulator, start, rows_file, tmp_path, candidates, s
     run.fit(module, data(rows_file))
     asked = [sent.head for sent in module._owners.steps._sent]
     assert all((head.labels is not None) == send_labels for head in asked)
-    plain = (
-        tuning(emulator, phase="plug_in", start=str(start)) if False else tuning("random:tiny", phase="plug_in", start=str(start))
-    )
+    plain = tuning("random:tiny", phase="plug_in", start=str(start))
     plain.generation = GenerationSettings(max_new_tokens=4)
-    for rows, _ in ((plain, None),):
-        trainer(tmp_path).validate(rows, data(rows_file), verbose=False)
+    trainer(tmp_path).validate(plain, data(rows_file), verbose=False)
     with torch.no_grad():
         for own, trained in zip(plain.prefix.rows, module.prefix.rows):
             own.copy_(trained)
@@ -202,7 +199,7 @@ def test_what_does_not_fit_is_refused_before_training(emulator, start, rows_file
     with pytest.raises(InputError, match="The owner's layers begin at 3, but the emulator has only the first 2"):
         module.configure_model()
     with pytest.raises(InputError, match="two of them begin with the same token"):
-        tuning("random:tiny", candidates=["yes", "yet"]).configure_model()
+        tuning("random:tiny", candidates=["yes", "yet", "no"]).configure_model()
     rows = [{"prompt": f"{n}?", "response": "maybe" if n < 2 else "yes"} for n in range(20)]
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
