@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import warnings
-from contextlib import redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .. import callbacks, datamodules, modules  # noqa: F401
 from ..datamodules.base import data_hashes
 from ..errors import InputError
 from ..files import write_atomic, write_json
+from ..modules.precision import meant_for
 from ..process_group import leave_group_at_exit
 from .configs import resolve_config
 from .environment import environment
@@ -178,7 +179,8 @@ class FulguriteCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Instantiate everything; what our classes say of bad input is not wrapped into the parser's own words."""
         try:
-            super().instantiate_classes()
+            with self._meant():
+                super().instantiate_classes()
         except ValueError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, InputError):
@@ -201,7 +203,14 @@ class FulguriteCLI(LightningCLI):
             raise InputError(f"--dry_run is for fit, not for {subcommand}. Leave it out.")
         from .estimate import show  # nothing else begins with it
 
-        self.needs = show(self.model, self.datamodule, self.config[subcommand]["trainer"])
+        with self._meant():
+            self.needs = show(self.model, self.datamodule, self.config[subcommand]["trainer"])
+
+    def _meant(self) -> AbstractContextManager[None]:
+        """Return within what a run is made: one that is only estimated may be for a GPU that is not here."""
+        config = self.config[self.config.subcommand]
+        on_gpu = config.get("dry_run") and config["trainer"].get("accelerator") in ("gpu", "cuda")
+        return meant_for("cuda") if on_gpu else nullcontext()
 
     def before_predict(self) -> None:
         """See to it that what is predicted goes somewhere."""

@@ -58,6 +58,11 @@ class Plan:
     device: str = "cpu"
 
     @property
+    def here(self) -> str:
+        """Device on which times are measured: ``device``, where this machine has it."""
+        return self.device if self.device == "cpu" else compute_device()
+
+    @property
     def autocast(self) -> torch.dtype | None:
         """Type of products; None where they have that of the weights."""
         return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
@@ -114,6 +119,8 @@ def _need(stage: Rehearsal, plan: Plan, module: PretrainedModule) -> Need:
     frozen = sum(map(_bytes, weights)) - sum(map(_bytes, trained))
     with FlopCounterMode(display=False) as counter:
         activations = _kept_for_backward(stage, plan, module)
+        _teach(stage, plan)
+    activations += _kept_of_a_layer(stage, plan)
     optimizer = _optimizer_state(stage, trained)
     own = sum(map(_bytes, trained))
     share, whole = (plan.devices, _gathered(stage.models)) if plan.sharded else (1, 0)
@@ -145,27 +152,41 @@ def _gathered(models: list[nn.Module]) -> int:
 
 def _kept_for_backward(stage: Rehearsal, plan: Plan, module: PretrainedModule) -> int:
     """Return the bytes that are kept when a batch is read, until the backward pass, which is then gone through."""
-    ids = torch.zeros(plan.rows, plan.length, dtype=torch.long)
     with _precision("cpu", plan):
-        kept, states = _kept(stage, ids)
+        kept, states = _kept(stage, _ids(plan))
         loss = states.float().sum()
         if stage.vocabulary:
             flat = states.flatten(0, -2)
-            head = torch.empty(stage.vocabulary, flat.shape[-1], requires_grad=True)
+            head = torch.empty(stage.vocabulary, flat.shape[-1], requires_grad=stage.head_trained)
             chunk = min(getattr(module, "loss_chunk_tokens", None) or default_chunk(plan.device), len(flat))
             loss = linear_loss(flat, head, torch.zeros(len(flat), dtype=torch.long), chunk_tokens=chunk).loss
-            kept += 4 * (head.numel() + 2 * chunk * stage.vocabulary)  # the head's gradient; logits, and their gradients
+            kept += 4 * 2 * chunk * stage.vocabulary  # logits, and their gradients
+            kept += 4 * head.numel() if stage.head_trained else 0  # its gradient
             if plan.device == "cuda" and plan.autocast is not None:
-                kept += 2 * 2 * head.numel()  # the head, and a part of its gradient, in low precision
+                kept += (2 if stage.head_trained else 1) * 2 * head.numel()  # it, and a part of its gradient, in low precision
     loss.backward()
+    return kept
+
+
+def _teach(stage: Rehearsal, plan: Plan) -> None:
+    """Let the teachers read a batch, as they do in training."""
+    with torch.no_grad(), _precision("cpu", plan):
+        for teacher in stage.teachers:
+            teacher(input_ids=_ids(plan), use_cache=False)
+
+
+def _kept_of_a_layer(stage: Rehearsal, plan: Plan) -> int:
+    """Return the bytes that come to those of checkpoints in the backward pass, in which a layer at a time is read again."""
     parts = [part for model in stage.models for part in model.modules() if isinstance(part, PreTrainedModel)]
     checkpointed = [part for part in parts if part.is_activation_checkpointing]
-    if checkpointed:  # a layer at a time is read again
-        for model in checkpointed:
-            model.activation_checkpointing_disable()
-        with _precision("cpu", plan):
-            kept += _kept(stage, ids)[0] // int(checkpointed[0].config.num_hidden_layers)
-    return kept
+    for model in checkpointed:
+        model.activation_checkpointing_disable()
+    with _precision("cpu", plan):
+        return _kept(stage, _ids(plan))[0] // int(checkpointed[0].config.num_hidden_layers) if checkpointed else 0
+
+
+def _ids(plan: Plan) -> Tensor:
+    return torch.zeros(plan.rows, plan.length, dtype=torch.long)
 
 
 def _kept(stage: Rehearsal, ids: Tensor) -> tuple[int, Tensor]:
@@ -204,7 +225,7 @@ def operations_per_second(config: Any, plan: Plan) -> float:
         config: The model's.
         plan: How it is trained.
     """
-    device = compute_device()
+    device = plan.here
     small = copy.deepcopy(config.get_text_config())
     small.num_hidden_layers, small.vocab_size, small.pad_token_id = 2, 8, None
     if getattr(small, "layer_types", None):
@@ -296,11 +317,11 @@ def show(module: Any, data: Any, trainer: Any) -> list[Need]:
     held = "weights divided among them" if plan.sharded else "each with all weights"
     spread = "one device" if plan.devices == 1 else f"{plan.devices} devices, {held}"
     longest = max(need.seconds for need in found)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine's processor"
+    device = torch.cuda.get_device_name() if plan.here == "cuda" else "this machine's processor"
     console.print(
         f"{plan.rows} x {plan.length} tokens a batch, {plan.accumulate} batches a step, {plan.precision}, {spread}. Time: "
-        f"without validation and the network, at the {rate / 1e9:,.1f} billion operations a second of {device}, measured on two "
-        "layers.",
+        f"without validation, the optimizer and the network, at the {rate / 1e9:,.1f} billion operations a second of {device}, "
+        "measured on two layers.",
         highlight=False,
     )
     if plan.device == "cuda" and not torch.cuda.is_available():

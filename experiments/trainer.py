@@ -26,7 +26,7 @@ def chosen_precision(precision: Precision | None, accelerator: Any = None) -> _P
             else stays, with a warning where it is slow.
         accelerator: Of the Trainer; None finds one, as it does.
     """
-    device = "cpu" if accelerator in ("cpu", "mps") else compute_device()
+    device = "cpu" if accelerator in ("cpu", "mps") else "cuda" if accelerator in ("gpu", "cuda") else compute_device()
     fast = fast_in_bfloat16(device)
     if precision == "auto":
         return "bf16-mixed" if fast else "32-true"

@@ -23,10 +23,12 @@ class Rehearsal:
 
     Args:
         name: Of the stage.
-        models: What is held in memory; what is trained requires gradients.
+        models: What is held in memory, teachers too; what is trained requires gradients.
         read: Reads token ids int64 [rows, length] as training does, up to the states before the head [rows, length, hidden size].
         optimizer: Of the stage.
         vocabulary: Size of the head behind the states; 0 where none is trained on.
+        head_trained: Whether that head is trained.
+        teachers: Those of the models that read every batch, too, up to their logits, without a backward pass.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Rehearsal:
     read: Callable[[Tensor], Tensor]
     optimizer: OptimizerCallable
     vocabulary: int
+    head_trained: bool = True
+    teachers: Sequence[nn.Module] = ()
 
 
 class PretrainedModule(LightningModule):

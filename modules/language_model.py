@@ -176,14 +176,22 @@ class LanguageModel(PretrainedModule):
         dtype = getattr(torch, weights or self.weights)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self.attn_implementation)
 
-    def _rehearsal(self, name: str, model: PreTrainedModel, others: list[PreTrainedModel]) -> Rehearsal:
-        """Return a stage that trains a model, with others that are only read."""
+    def _rehearsal(self, name: str, model: PreTrainedModel, teachers: list[PreTrainedModel]) -> Rehearsal:
+        """Return a stage that trains a model, with teachers."""
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        held: list[Any] = [model.train(), *(other.requires_grad_(False) for other in others)]
+        held: list[Any] = [model.train(), *(teacher.requires_grad_(False) for teacher in teachers)]
         read: Any = model.base_model
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        return Rehearsal(name, held, lambda ids: read(input_ids=ids, use_cache=False)[0], self.optimizer, vocabulary)
+        head = head_weight(model)
+        return Rehearsal(
+            name,
+            held,
+            lambda ids: read(input_ids=ids, use_cache=False)[0],
+            self.optimizer,
+            len(head),
+            head.requires_grad,
+            teachers,
+        )
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the final hidden states [batch, length, hidden size] of a packed or right-padded batch.

@@ -5,6 +5,8 @@ too, but at a tenth of float32's speed or less. So what is not trained has ``aut
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -19,14 +21,31 @@ def compute_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+_meant: list[str] = []
+
+
+@contextmanager
+def meant_for(device: str) -> Iterator[None]:
+    """Let ``auto`` mean, within the block, what it does on a machine with such a device: for estimates made on another one.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+    _meant.append(device)
+    try:
+        yield
+    finally:
+        _meant.pop()
+
+
 def fast_in_bfloat16(device: str | None = None) -> bool:
     """Return whether a device multiplies matrices of bfloat16 faster than those of float32.
 
     Args:
-        device: ``cpu`` or ``cuda``; None takes ``compute_device``.
+        device: ``cpu`` or ``cuda``; None takes ``compute_device``. A GPU that is not here is taken for one of today.
     """
-    if (device or compute_device()) == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if (device or (_meant or [compute_device()])[-1]) == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     # PyTorch has no such kernels for Apple's processors.
     return bool(able.get("avx512_bf16") or able.get("amx_bf16") or (able.get("bf16") and sys.platform != "darwin"))

@@ -81,8 +81,17 @@ class Grid:
         """Return how long a job will take, and how that is known."""
         if job.variant is None:
             made = {path.parent.name: json.loads(path.read_text("utf-8")) for path in self.folder.glob("products/*/product.json")}
-            own = [record["cost"]["seconds"] for name, record in made.items() if name.rpartition("-")[0] == job.name]
-            own = own or [result["run"]["products"][job.name] for result in self.known if job.name in result["run"]["products"]]
+            own = [
+                record["cost"]["seconds"]
+                for name, record in made.items()
+                if _of_any_seed(name.rpartition("-")[0]) == _of_any_seed(job.name)
+            ]
+            own = own or [
+                seconds
+                for result in self.known
+                for name, seconds in result["run"]["products"].items()
+                if _of_any_seed(name) == _of_any_seed(job.name)
+            ]
             times = [seconds for result in self.known for seconds in result["run"]["products"].values()]
         else:
             own = [result["cost"]["seconds"] for result in self.known if result["run"]["variant"] == job.variant]
@@ -277,6 +286,11 @@ def _gpus() -> list[str]:
     if visible is not None:
         return [part for part in visible.split(",") if part]
     return [str(index) for index in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+
+
+def _of_any_seed(product: str) -> str:
+    """Return the name of a product without the seed, if it has one."""
+    return product.partition("@")[0]
 
 
 def _last_lines(log: Path) -> list[str]:

@@ -150,7 +150,9 @@ class FusionCompression(SoftLabelDistillation):
             assert isinstance(self.start, LearnedFusion)
             target = self.start.shape_of(name, large.config, shape)
             fused = self.start.again(name, large, shape, list(range(target.num_hidden_layers or 0)))
-            yield replace(self._rehearsal(name, fused, [large, *teachers]), optimizer=self.operator_optimizer)
+            stage = self._rehearsal(name, fused, teachers)
+            held = [*stage.models, large.requires_grad_(False)]
+            yield replace(stage, models=held, optimizer=self.operator_optimizer)
             large = self._empty(target.config(large.config))
         if not self.stages:
             large = self._empty(shape.config(large.config))

@@ -161,6 +161,8 @@ def test_a_head_at_the_owner(emulator, start, rows_file, tmp_path, candidates, s
             own.copy_(trained)
     texts = [trainer(tmp_path).predict(one, data(rows_file)) for one in (plain, module)]
     assert texts[0] == texts[1]
+    measured = trainer(tmp_path).validate(module, data(rows_file), verbose=False)[0]
+    assert ("val_perplexity" in measured) == (candidates is None)
     if candidates is None:
         losses = [trainer(tmp_path).validate(one, data(rows_file), verbose=False)[0]["val_loss"] for one in (plain, module)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)

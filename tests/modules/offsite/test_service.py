@@ -14,7 +14,7 @@ from fulgurite.modules.offsite.certificates import make_certificates
 from fulgurite.modules.offsite.client import OwnerClient, OwnerLost
 from fulgurite.modules.offsite.frames import Frame, FrameError
 from fulgurite.modules.offsite.owner import OwnerLayers, UnknownStep
-from fulgurite.modules.offsite.protocol import SERVICE
+from fulgurite.modules.offsite.protocol import SERVICE, with_prefix
 from fulgurite.modules.offsite.server import OwnerServer
 
 from ..span_attention.small import SIZES, model_of
@@ -126,6 +126,27 @@ def test_calls_that_never_send_hold_up_nobody(papers):
     assert all(call.exception(timeout=10) is not None for call in hung)
     for stop in (stop_strangers, stop_hung):
         stop.set()
+    found.stop(0)
+
+
+def test_calls_that_are_cancelled_count_until_they_are_computed(papers):
+    found = serving(papers)
+    token = (papers / "one.token").read_text().strip()
+    credentials = grpc.ssl_channel_credentials((papers / "owner.crt").read_bytes())
+    call = grpc.secure_channel(f"localhost:{found.port}", credentials).unary_unary(f"/{SERVICE}/begin")
+    message = with_prefix("begin", {"step": 1}, LENGTH, prefix_for()).encode()
+    with found.layers.turns.of("another"):
+        for number in (1, 2, 3):
+            sent = call.future(message, metadata=(("authorization", f"Bearer {token}"),))
+            while len(found.layers.turns._waiting) < number:
+                time.sleep(0.01)
+            sent.cancel()
+        while any(one._value < 3 for one in found._unread.values()):
+            time.sleep(0.01)
+        with pytest.raises(OwnerLost, match="3 calls of this party are at work"):
+            client(papers, found).health()
+        assert client(papers, found, "two").health()["cut"] == CUT
+    assert client(papers, found, patience=20).health()["cut"] == CUT
     found.stop(0)
 
 
