@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..errors import InputError
+from ..errors import InputError, nearest
 from .loss_rate import StepLosses
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ class TrainUntilCondition(Callback):
         flat: Share of the loss by which the mean over the last ``window`` steps has to lie below that of the ``window`` before;
             where it lies no more than that below, the loss no longer falls.
         window: Optimizer steps of a mean.
-        max_steps: Optimizer steps of a stage, or of each in turn; the last number holds for all that follow.
+        max_steps: Optimizer steps of a stage; of each in turn, where the last number holds for all that follow; or by the
+            stages' names, where those that are not named have no limit.
 
     Raises:
         InputError: If a value is out of range, or there is no condition at all.
@@ -41,7 +42,7 @@ class TrainUntilCondition(Callback):
         below: float | None = None,
         flat: float | None = None,
         window: int = 20,
-        max_steps: int | list[int] | None = None,
+        max_steps: int | list[int] | dict[str, int] | None = None,
     ) -> None:
         if below is None and flat is None and max_steps is None:
             raise InputError("TrainUntilCondition has no condition: give below, flat or max_steps.")
@@ -50,15 +51,22 @@ class TrainUntilCondition(Callback):
         if window < 1:
             raise InputError(f"window={window} holds no step. Legal: 1 or more.")
         limits = [max_steps] if isinstance(max_steps, int) else max_steps
-        if limits is not None and (not limits or min(limits) < 1):
-            raise InputError(f"max_steps={max_steps} trains nothing. Legal: 1 or more, or a list of such, one a stage.")
+        numbers = limits.values() if isinstance(limits, dict) else limits
+        if numbers is not None and (not numbers or min(numbers) < 1):
+            raise InputError(
+                f"max_steps={max_steps} trains nothing. Legal: 1 or more, a list of such, one a stage, or such by a stage's name."
+            )
         self.below, self.flat, self.window, self.limits = below, flat, window, limits
         self._steps = StepLosses()
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._count = self._ended = 0
 
-    def reason(self) -> str | None:
-        """Return which condition holds for the steps seen so far in this stage, in words; None if none does."""
+    def reason(self, stage: str = "") -> str | None:
+        """Return which condition holds for the steps seen so far in this stage, in words; None if none does.
+
+        Args:
+            stage: Its name, if it has one.
+        """
         losses = list(self._losses)
         recent = losses[-self.window :]
         if self.below is not None and len(recent) == self.window and statistics.fmean(recent) < self.below:
@@ -67,14 +75,27 @@ class TrainUntilCondition(Callback):
             before, now = statistics.fmean(losses[: self.window]), statistics.fmean(recent)
             if before - now <= self.flat * abs(before):
                 return f"the loss fell by no more than {100 * self.flat:g} % over {self.window} steps"
-        if self.limits is not None:
+        limit: int | None = None
+        if isinstance(self.limits, dict):
+            limit = self.limits.get(stage)
+        elif self.limits is not None:
             limit = self.limits[min(self._ended, len(self.limits) - 1)]
-            if self._count >= limit:
-                return f"its {limit} steps are spent"
+        if limit is not None and self._count >= limit:
+            return f"its {limit} steps are spent"
         return None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting at the run's step."""
+        """Start counting at the run's step.
+
+        Raises:
+            InputError: If ``max_steps`` names stages that the module cannot have.
+        """
+        known: tuple[str, ...] = getattr(pl_module, "STAGES", ())
+        if isinstance(self.limits, dict) and not known:
+            raise InputError(f"max_steps={self.limits}: {type(pl_module).__name__} has no stages with names. Give a number.")
+        for name in self.limits if isinstance(self.limits, dict) else ():
+            if name not in known:
+                raise InputError(f"max_steps={self.limits}: there is no stage {name!r}.{nearest(name, known)}")
         self._steps.start(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -85,7 +106,7 @@ class TrainUntilCondition(Callback):
         self._count += 1
         if math.isfinite(loss):
             self._losses.append(loss)
-        reason = self.reason()
+        reason = self.reason(getattr(pl_module, "stage_name", ""))
         if reason is None:
             return
         log.info("Step %d: %s", trainer.global_step, reason)

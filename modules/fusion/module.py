@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -129,6 +129,14 @@ class FusionCompression(SoftLabelDistillation):
         self._large: list[PreTrainedModel] = []  # in a list: a checkpoint names its source instead
         self.held_out: dict[str, float] = {}  # perplexities of held-out text by model
         self.learnt: dict[str, Any] = {}  # what the operators of the stages so far came to
+
+    STAGES = get_args(Stage)
+    """Names of all stages that a start may have."""
+
+    @property
+    def stage_name(self) -> str:
+        """Name of the stage in which operators are learnt; empty in the last, which has none."""
+        return "" if self.in_last_stage else self.stages[self.stage]
 
     @property
     def in_last_stage(self) -> bool:

@@ -89,6 +89,26 @@ def test_each_stage_may_have_its_own_number_of_steps(tmp_path):
     assert module.begun == [5, 7, 9]
 
 
+def test_steps_may_be_given_by_the_stages_names(tmp_path):
+    class Named(Staged):
+        STAGES = ("width", "depth")
+
+        @property
+        def stage_name(self):
+            return "" if self.in_last_stage else self.STAGES[len(self.begun)]
+
+    module = Named(FALLING, 3)
+    trained(tmp_path, module, TrainUntilCondition(max_steps={"width": 5, "depth": 2}))
+    assert module.begun == [5, 7]
+    other = Named(FALLING, 3)
+    trained(tmp_path, other, TrainUntilCondition(max_steps={"depth": 2}))
+    assert other.begun == []
+    with pytest.raises(InputError, match="there is no stage 'widht'. Did you mean 'width'"):
+        trained(tmp_path, module, TrainUntilCondition(max_steps={"widht": 2}))
+    with pytest.raises(InputError, match="Scripted has no stages with names. Give a number"):
+        trained(tmp_path, Scripted(FALLING), TrainUntilCondition(max_steps={"width": 2}))
+
+
 def test_a_loss_that_is_not_finite_counts_as_a_step_alone(tmp_path):
     losses = [float("nan"), 1.0, float("inf"), 1.0, 9.0, 9.0]
     assert trained(tmp_path, Scripted(losses), TrainUntilCondition(below=2.0, window=2)).global_step == 4
@@ -117,6 +137,7 @@ def test_state_goes_on_where_it_was(seen):
         ({"max_steps": 0}, "max_steps=0"),
         ({"max_steps": [3, 0]}, "max_steps=\\[3, 0\\] trains nothing"),
         ({"max_steps": []}, "max_steps=\\[\\] trains nothing"),
+        ({"max_steps": {"depth": 0}}, "max_steps={'depth': 0} trains nothing"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
