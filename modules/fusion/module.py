@@ -73,6 +73,9 @@ class FusionCompression(SoftLabelDistillation):
         InputError: If the shape does not fit the model, or a number is out of range, before weights are read.
     """
 
+    STAGES = get_args(Stage)
+    """Names of all stages that a start may have."""
+
     def __init__(
         self,
         source: str = "package:smollm2-135m-instruct",
@@ -129,9 +132,6 @@ class FusionCompression(SoftLabelDistillation):
         self._large: list[PreTrainedModel] = []  # in a list: a checkpoint names its source instead
         self.held_out: dict[str, float] = {}  # perplexities of held-out text by model
         self.learnt: dict[str, Any] = {}  # what the operators of the stages so far came to
-
-    STAGES = get_args(Stage)
-    """Names of all stages that a start may have."""
 
     @property
     def stage_name(self) -> str:
