@@ -110,6 +110,7 @@ class ResumableLoader:
             num_workers=num_workers,
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each beginning would draw from the numbers that dropout has next
         )
         self.batch_sampler = None  # Lightning asks every loader that has a sampler for it
         self._delivered = 0

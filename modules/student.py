@@ -158,6 +158,20 @@ def choose_layers(model: PreTrainedModel, choice: LayerChoice, influence: Tensor
     return sorted(influence.argsort(descending=True, stable=True)[: choice.count].tolist())
 
 
+def fresh_config(config: Any, fresh: dict[str, Any]) -> Any:
+    """Return a config with some fields changed, for a model of random weights.
+
+    Args:
+        config: Of ``transformers``.
+        fresh: The fields.
+    """
+    fields = {**config.to_dict(), **fresh}
+    fields.pop("span_plan", None)  # of other heads
+    if "layer_types" not in fresh:
+        fields.pop("layer_types", None)  # the config class makes it anew for the changed depth
+    return type(config).from_dict(fields)
+
+
 def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[str, Tensor] | None = None) -> PreTrainedModel:
     """Make the student of a model; the model itself is used up where layers are kept.
 
@@ -174,12 +188,7 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
     """
     spec.check(model.config)
     if spec.fresh is not None:
-        fields = {**model.config.to_dict(), **spec.fresh}
-        fields.pop("span_plan", None)  # of other heads
-        if "layer_types" not in spec.fresh:
-            fields.pop("layer_types", None)  # the config class makes it anew for the changed depth
-        config = type(model.config).from_dict(fields)
-        return AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        return AutoModelForCausalLM.from_config(fresh_config(model.config, spec.fresh), dtype=model.dtype)
     keep = spec.keep_layers
     if isinstance(keep, LayerChoice):
         influence = None

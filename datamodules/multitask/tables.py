@@ -26,7 +26,7 @@ class TableRows:
         val: Rows to validate on; None holds out a part of ``train``.
         test: Rows for ``test``; None takes those of ``val``.
         predict: Rows for ``predict``, all of them, which need no label; None takes those of ``test``.
-        columns: Names of the columns of CSV and TSV files without a first line that names them.
+        columns: Names of the columns of CSV and TSV files whose first line does not name some of them.
         train_rows: Rows to train on at most; None takes all.
         val_rows: Rows to validate on, and to test on, at most; None takes all.
         val_fraction: Share of ``train`` that is held out when ``val`` is None, in (0, 1).
@@ -47,11 +47,11 @@ class TableRows:
     def __post_init__(self) -> None:
         for split, source in self.sources.items():
             check_table(source, split)
-            if self.columns is not None and not source.endswith((".csv", ".tsv")):
-                raise DataError(
-                    f"columns={self.columns}: {split}={source!r} names its columns itself. Leave columns out; a task says "
-                    "which it reads."
-                )
+        if self.columns is not None and not self.train.endswith((".csv", ".tsv")):
+            raise DataError(
+                f"columns={self.columns}: train={self.train!r} names its columns itself. Leave columns out; a task says which it "
+                "reads."
+            )
         for name, number in (("train_rows", self.train_rows), ("val_rows", self.val_rows)):
             if number is not None and number < 1:
                 raise DataError(f"{name}={number} holds no row. Legal: 1 or more, or null.")
@@ -87,7 +87,7 @@ def read_table(source: str, parameter: str, columns: list[str] | None = None) ->
     Args:
         source: See ``check_table``.
         parameter: Name of the parameter that holds it, for messages.
-        columns: Names of the columns of a CSV or TSV file without a first line that names them.
+        columns: Names of the columns of a CSV or TSV file whose first line does not name some of them.
 
     Raises:
         DataError: If it has no rows, or one of them more or fewer columns than the first.
@@ -112,7 +112,8 @@ def _separated(path: Path, columns: list[str] | None) -> list[Row]:
         raise DataError(f"{path}: no UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from None
     except csv.Error as error:
         raise DataError(f"{path}: {error}. Is it a {path.suffix} file?") from error
-    names = columns or (lines.pop(0) if lines else [])
+    headed = columns is None or (lines and set(lines[0]) <= set(columns))
+    names = (lines.pop(0) if lines else []) if headed else columns or []
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise DataError(f"{path}: the column {min(twice)!r} is named twice. Give each its own name, or name them by columns.")

@@ -1,20 +1,25 @@
 """What a multi-task training refuses before any weight is loaded."""
 
 import copy
+import logging
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 from torchjd import Stateful
 from torchjd.aggregation import Aggregator
 from torchjd.scalarization import FAMO, Mean, Scalarizer, Sum
 
 from ...errors import InputError, nearest
 from ..pretrained import load_config
+from ..student import fresh_config
 from .branches import Branch, TransformerBranch
 from .combination import Combination, FeatureWeighting, common_seed
 from .objectives import Objective
 from .trunk import most_tokens
+
+log = logging.getLogger(__name__)
 
 
 def check_tasks(
@@ -46,9 +51,7 @@ def check_tasks(
             f"branches has none for task {missing[0]!r}. Give one for each task of the data ({', '.join(data.objectives)}), or "
             "leave branches out."
         )
-    config = load_config(source)
-    config.update(fresh or {})
-    most = most_tokens(config)
+    most = most_tokens(fresh_config(load_config(source), fresh or {}))
     for name, task in data.tasks.items():
         if most is not None and task.length > most:
             raise InputError(
@@ -127,7 +130,7 @@ def check_combination(combination: Combination, data: Any, strategy: Strategy, p
 
 
 def _check_number(combination: Combination, data: Any) -> None:
-    """Refuse a combination that is for another number of branches; only a trial of a copy can tell."""
+    """Refuse a combination that is for another number of branches, or cannot do with one that has no targets; a trial tells."""
     trial: Any = copy.deepcopy(combination.weighting if isinstance(combination, FeatureWeighting) else combination)
     if isinstance(trial, Stateful):
         trial.reset()
@@ -145,3 +148,28 @@ def _check_number(combination: Combination, data: Any) -> None:
                 f"combination={type(combination).__name__} cannot combine {count} branches, which are there at step {step} (one "
                 f"for each task, of a text task for each aim): {error} Give it that number, or another combination."
             ) from error
+        several = next((name for name, task in data.tasks.items() if task in there and len(task.objectives) > 1), None)
+        if several is None:
+            continue
+        shares = _shares_beside_nothing(trial, count)
+        what = (
+            f"from a batch in which a branch has no targets, as may be with the aims of task {several!r}, of which each text "
+            "draws one. Give that task one aim, or another combination."
+        )
+        if not shares.isfinite().all():
+            raise InputError(f"combination={type(combination).__name__} makes gradients that are no numbers {what}")
+        if float(shares[1:].abs().max()) < 1e-3:
+            log.warning("combination=%s learns nothing %s", type(combination).__name__, what)
+
+
+def _shares_beside_nothing(combination: Any, count: int) -> Tensor:
+    """Return what weights branches get, of which the first has the loss and gradients 0, the others 1 [count]."""
+    with common_seed(0, torch.device("cpu")):
+        if isinstance(combination, Scalarizer):
+            losses = torch.ones(count).index_fill(0, torch.tensor([0]), 0.0).requires_grad_()
+            (share,) = torch.autograd.grad(combination(losses), losses)
+        else:
+            rows = torch.eye(count)
+            rows[0] = 0.0
+            share = combination(rows)  # of a Gramian, weights; of a Jacobian, the gradient
+    return share.detach()

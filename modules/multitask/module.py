@@ -23,6 +23,7 @@ from ...errors import InputError, nearest
 from ..base import PretrainedModule, Rehearsal
 from ..precision import Dtype
 from ..pretrained import load_config
+from ..student import fresh_config
 from .branches import Answer, Branch, Pooling, TransformerBranch, build_branches
 from .checks import check_combination, check_same_tasks, check_saved_branches, check_tasks
 from .combination import (
@@ -163,9 +164,7 @@ class MultiTask(PretrainedModule):
 
     def rehearsals(self, data: Any) -> Iterator[Rehearsal]:
         """See ``PretrainedModule``; of a mixed batch of equally many texts a task, with branches where none are given."""
-        config = load_config(self.source.name)
-        config.update(self.fresh or {})
-        trunk = trunk_of_config(config, self.weights)
+        trunk = trunk_of_config(fresh_config(load_config(self.source.name), self.fresh or {}), self.weights)
         if self.gradient_checkpointing:
             trunk.model.activation_checkpointing_enable({"use_reentrant": False})
         kinds = {name: task.kinds for name, task in data.tasks.items()}
@@ -217,7 +216,8 @@ class MultiTask(PretrainedModule):
         if isinstance(self.combination, FAMO):
             self._last_batch = batch
         if isinstance(self.combination, Scalarizer):
-            return losses[0] if len(losses) == 1 else self.combination(over_ranks(losses))
+            alone = len(losses) == 1 < len(self.branches)  # in a batch of one task
+            return losses[0] if alone else self.combination(over_ranks(losses))
         return losses.sum()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -229,6 +229,7 @@ class MultiTask(PretrainedModule):
             return
         losses = {name: one / self.trainer.accumulate_grad_batches for name, one in self._losses.items()}
         self._jacobian.add(losses, self._shared(), self.branches)
+        self._losses = {name: one.detach() for name, one in self._losses.items()}  # what the branches kept is free now
 
     def _shared(self) -> list[nn.Parameter]:
         assert self.trunk is not None

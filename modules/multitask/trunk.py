@@ -11,6 +11,7 @@ from ...errors import InputError, nearest
 from ..precision import Dtype
 from ..pretrained import check_sizes, head_weight, load_config, load_encoder, load_model, load_tokenizer
 from ..span_attention.rules import refuse_plan
+from ..student import fresh_config
 from .objectives import Mask
 
 View = dict[str, Any]
@@ -143,8 +144,7 @@ def load_trunk(source: str, dtype: Dtype, fresh: dict[str, Any] | None = None) -
     config = load_config(source)
     check_trunk(config, fresh)
     if fresh is not None:
-        config.update(fresh)
-        trunk = trunk_of_config(config, dtype)
+        trunk = trunk_of_config(fresh_config(config, fresh), dtype)
         check_sizes(source, trunk.model, load_tokenizer(source))
         return trunk
     if config.model_type in _ENCODERS:

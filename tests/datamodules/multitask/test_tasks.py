@@ -349,6 +349,19 @@ def test_a_row_with_other_columns_is_counted_as_all_are(tmp_path):
         opened(ClassificationTask(TableRows(rows)))
 
 
+def test_rows_to_predict_may_name_their_columns_beside_files_that_do_not(tmp_path):
+    rows = table(tmp_path / "a.csv", SENTIMENTS)
+    bare = tmp_path / "bare.csv"
+    bare.write_text(Path(rows).read_text().partition("\n")[2])
+    (tmp_path / "ask.csv").write_text("text\nwhat of this\n")
+    (tmp_path / "ask.jsonl").write_text('{"text": "what of this"}\n')
+    for ask in ("ask.csv", "ask.jsonl"):
+        made = TableRows(str(bare), columns=["text", "label"], predict=str(tmp_path / ask))
+        task = opened(ClassificationTask(made))
+        assert [row["text"] for row in task.rows["predict"]] == ["what of this"]
+        assert task.size("train") + task.size("val") == len(SENTIMENTS)
+
+
 def test_a_row_without_label_is_refused(tmp_path):
     rows = table(tmp_path / "a.csv", [*SENTIMENTS, {"text": "neither", "label": ""}])
     with pytest.raises(InputError, match="row 21: no text in the column label='label', but ''. Leave the row out"):

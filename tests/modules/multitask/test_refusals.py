@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torchjd.aggregation import Constant, ConstantWeighting, PCGrad, UPGrad
-from torchjd.scalarization import DWA, FAMO, UW
+from torchjd.aggregation import MGDA, Constant, ConstantWeighting, PCGrad, UPGrad
+from torchjd.scalarization import DWA, FAMO, UW, GeometricMean
 
 from fulgurite.callbacks import TaskSchedule
 from fulgurite.errors import InputError
@@ -81,6 +81,20 @@ def test_combinations_for_another_number_of_branches_are_refused(data, no_weight
     with pytest.raises(InputError) as caught:
         fit(model(combination()), data(), 1)
     assert message in str(caught.value)
+
+
+def test_combinations_that_cannot_do_with_a_branch_without_targets(data, caplog):
+    made = data()
+    fit(model(None), made, 1)
+    caplog.clear()
+    with pytest.raises(InputError, match="combination=GeometricMean makes gradients that are no numbers from a batch in which"):
+        check_combination(GeometricMean(), made, SingleDeviceStrategy(), "32-true")
+    check_combination(MGDA(), made, SingleDeviceStrategy(), "32-true")
+    assert "combination=MGDA learns nothing from a batch in which a branch has no targets, as may be with" in caplog.text
+    caplog.clear()
+    for combination in (UPGrad(projector=LeastSquaresProjector()), FeatureWeighting(), DWA(), PCGrad()):
+        check_combination(combination, made, SingleDeviceStrategy(), "32-true")
+    assert not caplog.text
 
 
 def test_combinations_that_cannot_take_more_branches_are_refused_beside_a_schedule(data, no_weights):

@@ -19,7 +19,14 @@ from .system import COMBINATIONS, NAMES, QUIET, fit, model
 
 @pytest.mark.parametrize(
     ("name", "step", "accumulate"),
-    [("dwa", 5, 1), ("dwa", 4, 1), ("dwa", 4, 2), ("features", 4, 1), ("features", 5, 1), ("upgrad", 5, 1)],
+    [  # where a checkpoint is behind a validation, too: every third step
+        ("dwa", 5, 1),
+        ("dwa", 4, 1),
+        ("dwa", 4, 2),
+        ("features", 4, 1),
+        ("features", 6, 1),
+        ("upgrad", 5, 1),
+    ],
 )
 def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(data, tmp_path, name, step, accumulate):
     settings = {"accumulate_grad_batches": accumulate, "val_check_interval": 3}
