@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import nearest
+from ..modules.tokens import render_chat
 from .base import TokenDataModule
 from .documents import ROWS_PACKAGE, DataError, check_documents, read_rows
 from .packing import left_padded
@@ -136,12 +137,11 @@ class InstructionDataModule(TokenDataModule):
             end = self.tokenizer.eos_token_id
             return list(self.tokenizer(prompt).input_ids), answer if end is None else [*answer, end]
         messages = [{"role": "user", "content": prompt}]
-        head = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        head = render_chat(self.tokenizer, messages, prompt=True)
         head_ids = self.tokenizer(head, add_special_tokens=False).input_ids
         if response is None:
             return head_ids, []
-        answered = [*messages, {"role": "assistant", "content": response}]
-        whole = str(self.tokenizer.apply_chat_template(answered, tokenize=False))
+        whole = render_chat(self.tokenizer, [*messages, {"role": "assistant", "content": response}], prompt=False)
         if not whole.startswith(head):
             raise DataError("The chat template renders a prompt differently once it is answered: responses cannot be told apart.")
         return head_ids, self.tokenizer(whole[len(head) :], add_special_tokens=False).input_ids

@@ -10,10 +10,23 @@ from transformers import PreTrainedTokenizerBase
 
 from .pretrained import SourceError
 
+_DAY = "26 Jul 2024"
+
 
 def needs_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether the tokenizer itself puts a BOS token before a text, as Gemma needs it at the start of every block."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt: bool) -> str:
+    """Return a conversation in the model's chat template, the same on each day for templates that take a date, as Llama 3's do.
+
+    Args:
+        tokenizer: Of the model.
+        messages: ``role`` and ``content`` of each.
+        prompt: Let the assistant's next turn begin.
+    """
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False, date_string=_DAY))
 
 
 @cache

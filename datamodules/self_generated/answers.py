@@ -71,8 +71,10 @@ class AnswerCache:
         self.model, self.prompts, self.settings, self.ends, self.pad = model, prompts, settings, list(ends), pad
         how = {} if model.generation_config is None else model.generation_config.to_diff_dict()
         how.pop("transformers_version", None)
-        # Without top_k, the model's own or that of transformers cuts the distribution.
-        self.drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+        # Without these, the model's own settings or those of transformers would change the distribution; and a document's own
+        # words are what an answer has to repeat.
+        drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+        self.drawing: dict[str, float] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **drawing}
         how |= self.drawing
         identity = [model_identity(model), how, asdict(settings), list(map(list, prompts)), self.ends, pad]
         self.folder: Path = cache_folder("answers", digest(identity))

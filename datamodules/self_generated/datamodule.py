@@ -111,7 +111,7 @@ class SelfGeneratedCalibration(TokenDataModule):
         for name, source in (("documents_from", documents_from), ("answers_from", answers_from)):
             if source is not None:
                 resolve_source(source)
-                if supervision != "own" and name == "answers_from":
+                if supervision != "own" and name == "answers_from" and max_perplexity is None:
                     log.warning("answers_from=%r is ignored: supervision is %r, so no model answers.", source, supervision)
         if supervision not in ("own", "human", "text"):
             raise DataError(f"supervision={supervision!r} is unknown.{nearest(supervision, ('own', 'human', 'text'))}")
@@ -150,6 +150,8 @@ class SelfGeneratedCalibration(TokenDataModule):
             raise DataError(f"top_p={top_p} is no probability mass. Legal: above 0, up to 1.")
         if max_perplexity is not None and max_perplexity <= 1:
             raise DataError(f"max_perplexity={max_perplexity} would leave out every answer. Legal: above 1, or null for all.")
+        if max_perplexity is not None and supervision == "text":
+            raise DataError("max_perplexity is for answers, and supervision='text' has none. Leave it out.")
         self.documents, self.text_field, self.documents_from = documents, text_field, documents_from
         self.questions, self.question_field, self.answer_field = questions, question_field, answer_field
         self.examples, self.val_examples, self.supervision = examples, val_examples, supervision
@@ -236,7 +238,8 @@ class SelfGeneratedCalibration(TokenDataModule):
                 splits.append([])
                 continue
             if self.documents_from is not None:
-                documents = self._written(documents, count * len(self.kinds) * sum(lengths), model)
+                kinds = 1 if self.supervision == "text" else sum(kind != "question" for kind in self.kinds)
+                documents = self._written(documents, count * kinds * sum(lengths), model) if kinds else documents
             generator = random.Random(f"{self.seed} {number}")
             generator.shuffle(documents)
             generator.shuffle(asked)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from ...modules.tokens import render_chat
 from ..documents import DataError
 from .texts import Filler
 
@@ -60,7 +61,7 @@ class PromptForm:
         if not self.chat:
             return f"{request}\n{plain_cue}{f' {start}' if start else ''}".rstrip(" ")
         messages = [{"role": "user", "content": request}]
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)) + start
+        return render_chat(self.tokenizer, messages, prompt=True) + start
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a rendered prompt; a template writes its own first token."""

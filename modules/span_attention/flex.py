@@ -43,9 +43,21 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, rules: Sequence[SpanR
     return out[:, :, :count].unflatten(1, (len(rules), group))
 
 
-@functools.lru_cache(maxsize=256)  # a text's layers with the same rules share one
+_masks: dict[tuple, BlockMask] = {}  # of one length: those of a long text are large
+
+
 def _block_mask(rules: tuple[SpanRule, ...], sink: int, group: int, length: int, device: torch.device) -> BlockMask:
-    """Return which blocks of 128 x 128 each query head sees; they are counted from the rules, without the whole mask."""
+    """Return which blocks of 128 x 128 each query head sees; a text's layers with the same rules share one."""
+    key = (length, device, rules, sink, group)
+    if _masks and next(iter(_masks))[:2] != key[:2]:
+        _masks.clear()
+    if key not in _masks:
+        _masks[key] = _new_block_mask(rules, sink, group, length, device)
+    return _masks[key]
+
+
+def _new_block_mask(rules: tuple[SpanRule, ...], sink: int, group: int, length: int, device: torch.device) -> BlockMask:
+    """Return the mask of ``_block_mask``; its blocks are counted from the rules, without the whole mask."""
     places = torch.arange(length, device=device)
     spans = spans_at(rules, places).T.contiguous()  # [key/value heads, tokens]
 

@@ -51,7 +51,7 @@ def adopt_plan(model: PreTrainedModel) -> SpanPlan | None:
         InputError: If it is no plan, or one for another model.
     """
     plan = plan_of(model.config)
-    if plan is not None and model.config._attn_implementation != NAME:
+    if plan is not None and any(getattr(layer, "span_rules", None) is None for layer in attentions(model)):
         apply_plan(model, plan)
     return plan
 
@@ -103,8 +103,12 @@ def _extend_transformers() -> None:
     @functools.wraps(generate_original)
     def generate(self: Any, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(self.config) if getattr(self.config, "_attn_implementation", None) == NAME else None
-        settings = generation_config or self.generation_config
-        cached = kwargs.get("use_cache", getattr(settings, "use_cache", None)) is not False
+        # What one leaves open, transformers takes from the next.
+        said = [
+            kwargs.get("use_cache"),
+            *(getattr(one, "use_cache", None) for one in (generation_config, self.generation_config)),
+        ]
+        cached = next((use for use in said if use is not None), True)
         if plan is not None and cached and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = SpanCache(plan, self.config)
         return generate_original(self, inputs, generation_config, *args, **kwargs)

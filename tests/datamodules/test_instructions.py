@@ -6,6 +6,7 @@ import torch
 from fulgurite.datamodules import InstructionDataModule
 from fulgurite.errors import InputError
 from fulgurite.modules.tiny import tiny_tokenizer
+from fulgurite.modules.tokens import render_chat
 
 
 @pytest.fixture
@@ -60,6 +61,13 @@ def test_plain_text_is_taken_as_it_is_written(rows_file):
     assert learned.startswith("It is ")
     assert whole.startswith("Add ")
     assert whole.endswith(f".{learned}")
+
+
+def test_a_template_that_takes_a_date_is_given_one_of_the_past():
+    tokenizer = tiny_tokenizer()
+    date = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    tokenizer.chat_template = f"{date}: {{{{ messages[0]['content'] }}}}"
+    assert render_chat(tokenizer, [{"role": "user", "content": "Yes?"}], prompt=True) == "26 Jul 2024: Yes?"
 
 
 def test_batches_of_like_length_have_less_padding(tmp_path):

@@ -222,6 +222,7 @@ def test_perplexities_are_those_of_the_answers():
         ({"temperature": -1}, "temperature=-1"),
         ({"top_p": 0}, "top_p=0 is no probability mass"),
         ({"max_perplexity": 1}, "max_perplexity=1 would leave out every answer"),
+        ({"max_perplexity": 9, "supervision": "text"}, "max_perplexity is for answers, and supervision='text' has none"),
         ({"lengths": [40]}, "a prompt of 40 tokens has no room for a text"),
         ({"lengths": [510]}, r"make texts of 51\d tokens; random:tiny takes 512"),
         ({"examples": 500}, "the documents are too few for the prompts asked for"),

@@ -303,11 +303,25 @@ def test_generate_without_a_cache_and_copies_of_a_model():
     wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
     for without in ({"generation_config": GenerationConfig(use_cache=False, max_new_tokens=6)}, {"use_cache": False}):
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, **without), wanted)
+    model.generation_config.use_cache = False  # as training scripts leave it; what another config leaves open is taken from it
+    plain = GenerationConfig(max_new_tokens=6)
+    assert plain.use_cache is None
+    assert torch.equal(model.generate(ids, generation_config=plain, do_sample=False), wanted)
+    model.generation_config.use_cache = None
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.generate(ids, max_new_tokens=6, do_sample=False), wanted)
         with torch.no_grad():
             other.model.embed_tokens.weight.normal_()
         assert not torch.equal(other.generate(ids, max_new_tokens=6, do_sample=False), wanted)
+
+
+def test_a_plan_is_adopted_where_the_way_of_attending_is_named(tmp_path):
+    model = model_of("llama")
+    apply_plan(model, plan_for(model))
+    model.save_pretrained(tmp_path / "spans")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "spans", attn_implementation="fulgurite_spans").eval()
+    assert attentions(loaded)[0].span_rules == attentions(model)[0].span_rules
+    assert torch.equal(loaded.generate(ids_of(1, 30), max_new_tokens=4), model.generate(ids_of(1, 30), max_new_tokens=4))
 
 
 def test_what_spans_cannot_use_is_refused():
