@@ -27,7 +27,15 @@ log = logging.getLogger(__name__)
 AtCheckpoint = Literal["flush", "save", "drop"]
 _KEPT_BACK = "gradient_pruning_kept_back"  # where a checkpoint says that the ranks' files lie
 # What gloo and NCCL say when a peer is gone.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "Broken pipe", "NCCL", "gloo")
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Connection timed out",
+    "Broken pipe",
+    "NCCL",
+    "gloo",
+)
 
 
 def _hook(state: "GradientPruning", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -50,8 +58,8 @@ class GradientPruning(Callback):
         value_bits: Bits of a value where some entries are sent: 4 (a sign and three bits, a scale for each 256), or 16
             (bfloat16). What rounding takes off is kept for the next step, like what is not sent.
         error_feedback: Keep what is not sent for the next step. Without it, pruning at high rates loses most of the gradient.
-        clip: Largest norm of a rank's own gradient before the exchange; null clips nothing. The Trainer's ``gradient_clip_val``
-            acts on the mean, after it.
+        clip: Largest norm of a rank's own gradient before the exchange, times the root of the number of ranks; each bucket has
+            its share by size. Null clips nothing. The Trainer's ``gradient_clip_val`` acts on the mean, after it.
         momentum: Factor of momentum correction (Deep Gradient Compression) for an optimizer without momentum; 0 for none.
         dense_below: Parameters with fewer entries, and those of one dimension, are always sent whole.
         at_checkpoint: What becomes of what was not sent yet: ``flush`` sends everything in the step before a checkpoint and in
@@ -241,7 +249,8 @@ class GradientPruning(Callback):
         if exchange is None or isinstance(trainer.strategy.model, DistributedDataParallel):
             return
         parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
-        if exchange.rate == 0 and not exchange.residuals:
+        changes = exchange.rate or exchange.residuals or exchange.clip is not None or exchange.momentum
+        if not changes or not parameters:
             return
         buffer = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])  # type: ignore[union-attr]
         exchange.exchange(buffer, list(parameters), self.entries).wait()
@@ -275,16 +284,16 @@ class GradientPruning(Callback):
         seconds = self._seconds + time.perf_counter() - self._batch_begin
         busy, exposed = exchange.clock.times()
         packing = exchange.clock.packing if device.type == "cpu" else 0.0
-        numbers = [mean, seconds, exposed, busy, exchange.clock.bytes, exchange.rate, packing]
+        numbers = [mean, seconds, exposed, busy, exchange.clock.bytes, 0.0 if exchange.flush else exchange.rate, packing]
         own = torch.tensor(numbers, device=device, dtype=torch.float64)
         measurement = None
         if exchange.ranks == 1:
-            measurement = _measurement([own], trainer.global_step, self.total_steps)
+            measurement = Measurement.of_ranks([own], trainer.global_step, self.total_steps)
         elif self._gathered is not None:
             work, parts = self._gathered
             work.wait()
             self._gathered = None
-            measurement = _measurement(parts, trainer.global_step - 1, self.total_steps)
+            measurement = Measurement.of_ranks(parts, trainer.global_step - 1, self.total_steps)
         # What a checkpoint cannot hold of the other ranks is left out of an uninterrupted run as well.
         self._numbers = None if self._saves_after(trainer, trainer.global_step - 1) else own
         if measurement is not None:
@@ -335,10 +344,15 @@ class GradientPruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rate and what the policy knows."""
-        return {"rate": self.rate, "warmup_rate": self.warmup_rate, "policy": self.policy.state_dict()}
+        kind = type(self.policy).__name__
+        return {"rate": self.rate, "warmup_rate": self.warmup_rate, "kind": kind, "policy": self.policy.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the rate and the policy of a checkpoint."""
+        """Go on with the rate and the policy of a checkpoint; another policy begins anew."""
+        kind = type(self.policy).__name__
+        if state_dict["kind"] != kind:
+            log.warning("The checkpoint's policy was %s: %s begins anew.", state_dict["kind"], kind)
+            return
         self.rate, self.warmup_rate = state_dict["rate"], state_dict["warmup_rate"]
         self.policy.load_state_dict(state_dict["policy"])
 
@@ -365,7 +379,7 @@ class GradientPruning(Callback):
         Raises:
             InputError: If its file is gone.
         """
-        if _KEPT_BACK not in checkpoint or self.at_checkpoint != "save":
+        if trainer.state.fn != "fit" or _KEPT_BACK not in checkpoint or self.at_checkpoint != "save":
             return
         file = _rank_file(Path(checkpoint[_KEPT_BACK]), trainer.global_rank)
         if not file.is_file():
@@ -379,22 +393,3 @@ class GradientPruning(Callback):
 
 def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.safetensors"
-
-
-def _measurement(parts: list[Tensor], step: int, total_steps: int) -> Measurement:
-    """Return what all ranks agree on: mean loss and traffic, the slowest rank's times."""
-    table = torch.stack(parts).cpu()
-    loss, _, _, busy, sent, rate, _ = table.mean(dim=0).tolist()
-    slowest = int(table[:, 1].argmax())
-    return Measurement(
-        step=step,
-        loss=loss,
-        step_seconds=float(table[slowest, 1]),
-        exposed_seconds=float(table[slowest, 2]),
-        busy_seconds=busy,
-        bytes=sent,
-        rate=rate,
-        ranks=len(parts),
-        packing_seconds=float(table[slowest, 6]),
-        progress=step / total_steps if total_steps else 0.0,
-    )

@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from ...errors import InputError
 from ..loss_rate import LossWindow, PerformanceForm
 from .wire import ValueBits, entry_bytes, sends_all, sparse_pays
@@ -42,6 +45,31 @@ class Measurement:
     ranks: int
     packing_seconds: float = 0.0
     progress: float = 0.0
+
+    @classmethod
+    def of_ranks(cls, parts: list[Tensor], step: int, total_steps: int) -> "Measurement":
+        """Return what all ranks agree on: mean loss and traffic, the slowest rank's times.
+
+        Args:
+            parts: Of each rank, float64 [7]: loss, step, exposed and busy seconds, bytes, rate, packing seconds.
+            step: Optimizer steps so far.
+            total_steps: Of the run; 0 where it is not known.
+        """
+        table = torch.stack(parts).cpu()
+        loss, _, _, busy, sent, rate, _ = table.mean(dim=0).tolist()
+        slowest = int(table[:, 1].argmax())
+        return cls(
+            step=step,
+            loss=loss,
+            step_seconds=float(table[slowest, 1]),
+            exposed_seconds=float(table[slowest, 2]),
+            busy_seconds=busy,
+            bytes=sent,
+            rate=rate,
+            ranks=len(parts),
+            packing_seconds=float(table[slowest, 6]),
+            progress=step / total_steps if total_steps else 0.0,
+        )
 
     @property
     def compute_seconds(self) -> float:
