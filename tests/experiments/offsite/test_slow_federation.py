@@ -12,7 +12,7 @@ from fulgurite.experiments.cli import run
 from fulgurite.experiments.configs import resolve_config
 from fulgurite.modules.offsite import EmulatorManifest, Prefix, PrefixSettings
 from fulgurite.modules.offsite.averaging import average_prefixes
-from fulgurite.modules.offsite.prefix import carried_over
+from fulgurite.modules.offsite.prefix import StandsFor, carried_over
 from fulgurite.modules.pretrained import load_model, model_fingerprint
 from fulgurite.modules.tiny import tiny_model
 
@@ -27,7 +27,7 @@ ROUNDS = 2
 def start(tmp_path):
     model = tiny_model()
     prefix = Prefix.random(model, PrefixSettings(length=2))
-    prefix.save(tmp_path / "start", model_fingerprint(model))
+    prefix.save(tmp_path / "start", model_fingerprint(model), StandsFor("f" * 32, 6, (0, 2, 3, 5)))  # as one of an emulator
     return tmp_path / "start"
 
 
@@ -61,7 +61,7 @@ def test_rounds_on_flower_are_those_in_one_process(start, configs, tmp_path):
     done = federate(*words, f"--rounds={ROUNDS}")
     log = tmp_path / "rounds" / "server.log"
     assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
-    mean, model, _ = Prefix.read(start)
+    mean, model, whole = Prefix.read(start)
     for number in range(1, ROUNDS + 1):
         mean.save(tmp_path / "mean", model)
         prefixes, examples = [], []
@@ -75,6 +75,7 @@ def test_rounds_on_flower_are_those_in_one_process(start, configs, tmp_path):
         found = Prefix.load(tmp_path / "rounds" / f"round-{number}", model)
         assert all(torch.equal(one, other) for one, other in zip(found.rows, mean.rows, strict=True))
     assert all(torch.equal(*pair) for pair in zip(Prefix.load(tmp_path / "rounds" / "prefix", model).rows, mean.rows))
+    assert all(Prefix.read(tmp_path / "rounds" / name)[2] == whole for name in ("round-0", "round-1", "prefix"))
     again = federate(*words)
     assert again.returncode == 2
     assert "has the prefix of other rounds" in again.stderr
