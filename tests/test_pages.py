@@ -37,6 +37,7 @@ BRANCHES = json.dumps(
         {"class_path": "ExportBranches"},
     ]
 )
+FUSED = ['--model.shape={"num_hidden_layers": 3, "parameters": null}', "--model.start.calibration_tokens=512"]
 # The embedded text takes a minute to collect; the README's commands and the demo read it.
 TEXT = ["--data.train=my_text/"]
 TASK_TEXT = "--data.tasks.text.init_args.train=my_text/"
@@ -45,13 +46,14 @@ SMALL = {
     "distillation/capture": [*TEXT, "--data.block_size=64", "--data.train_tokens=640"],
     "distillation/student": ["--model.student.keep_layers.count=2"],
     "distillation/online": [*TEXT, "--data.block_size=64", "--model.student.keep_layers.count=2", "--model.teacher=random:tiny"],
-    "fusion/compress": [*TEXT, "--data.block_size=64", '--model.shape={"num_hidden_layers": 3, "parameters": null}'],
-    "compose/fuse": ['--model.shape={"num_hidden_layers": 3, "parameters": null}', f"--trainer.callbacks={STAGES}"],
+    "fusion/compress": [*TEXT, "--data.block_size=64", *FUSED],
+    "compose/fuse": [*FUSED, f"--trainer.callbacks={STAGES}"],
     "compose/two_ranks": ["--trainer.devices=1", "--trainer.strategy=auto"],
     "compose/emulator": [*TEXT, "--model.emulator.identical=1"],
     "compose/multitask": [TASK_TEXT, "--data.tasks.text.init_args.length=48", "--data.batch_size=2"],
     "multitask/train": [TASK_TEXT, "--data.tasks.text.init_args.length=48", "--data.batch_size=2"],
     "fit multitask/train": [f"--trainer.callbacks={BRANCHES}"],
+    "predict multitask/train": ["--trainer.limit_predict_batches=2"],
     "language_model/finetune": [*TEXT, "--data.block_size=64"],
     "offsite/emulator": [*TEXT, "--model.emulator.layers=3", "--model.emulator.identical=1", "--data.block_size=64"],
     "offsite/tune": ["--model.prefix.length=2"],

@@ -19,6 +19,8 @@ from fulgurite.modules.offsite.owner import OwnerLayers
 from fulgurite.modules.offsite.server import OwnerServer
 from fulgurite.modules.tiny import tiny_model
 
+from ..conftest import prose
+
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
@@ -48,15 +50,30 @@ def offsite(tmp_path, text_file):
     server.stop(0)
 
 
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    """What the tiny model says of a text of 6 thousand bytes."""
+    folder = tmp_path_factory.mktemp("labels")
+    (folder / "text.txt").write_text(prose(1100))
+    words = ["predict", "-c", "distillation/capture", "--model.source=random:tiny", f"--data.train={folder / 'text.txt'}"]
+    words += ["--data.block_size=64", f"--trainer.callbacks.store={folder / 'store'}", f"--runs_folder={folder}"]
+    run([*words, *QUIET])
+    return folder / "store"
+
+
 @pytest.fixture
-def inputs(tmp_path, text_file, documents_file, offsite):
+def student(labels):
+    """Words that make a small student learn from them."""
+    return ["--model.student.keep_layers.count=2", f"--data.store={labels}"]
+
+
+@pytest.fixture
+def inputs(tmp_path, text_file, documents_file, offsite, labels, student):
     """Words that point each packaged config at the tiny model and at small data."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": "ABCD"[n % 4]}) + "\n" for n in range(40)))
-    capture = ["predict", "-c", "distillation/capture", "--model.source=random:tiny", f"--data.train={text_file}"]
-    run([*capture, "--data.block_size=64", "--trainer.callbacks.store=labels", *QUIET])
     text = [f"--data.train={text_file}", "--data.block_size=64"]
-    student = ["--model.student.keep_layers.count=2"]
+    layers = student[:1]
     calibration = (
         f"--data.documents={documents_file}",
         *("--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
@@ -65,14 +82,14 @@ def inputs(tmp_path, text_file, documents_file, offsite):
     tasks = f"--data.tasks={{text: {{class_path: TextTask, init_args: {{train: '{documents_file}', length: 48}}}}}}"
     return {
         "compose/emulator": ['--model.emulator={"layers": 3, "identical": 1, "fused": null}', *text],
-        "compose/fuse": ["--data.store=labels", '--model.shape={"num_hidden_layers": 3}'],
+        "compose/fuse": [f"--data.store={labels}", '--model.shape={"num_hidden_layers": 3}'],
         "compose/multitask": [tasks],
         "compose/spans": [*calibration],
-        "compose/two_ranks": ["--data.store=labels", "--trainer.devices=1", "--trainer.strategy=auto"],
+        "compose/two_ranks": [f"--data.store={labels}", "--trainer.devices=1", "--trainer.strategy=auto"],
         "distillation/capture": [*text, "--trainer.callbacks.store=others"],
-        "distillation/student": [*student, "--data.store=labels"],
-        "distillation/large": [*student, "--data.store=labels", "--trainer.strategy=auto"],
-        "distillation/online": [*student, *text, "--model.teacher=random:tiny"],
+        "distillation/student": student,
+        "distillation/large": [*student, "--trainer.strategy=auto"],
+        "distillation/online": [*layers, *text, "--model.teacher=random:tiny"],
         "fusion/compress": [*text, '--model.shape={"num_hidden_layers": 3}'],
         "fusion/large": [*text, '--model.shape={"num_hidden_layers": 3}', "--trainer.strategy=auto"],
         "gradient_pruning/train": [*text, "--trainer.max_epochs=1"],
@@ -114,12 +131,12 @@ def fit(words, monkeypatch=None, stop_at=None):
 CALLBACKS = "--trainer.callbacks=[{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 7, save_last: true}}]"
 
 
-@pytest.mark.parametrize(  # within the first epoch (45 steps), and in the second
+@pytest.mark.parametrize(  # within the first epoch (22 steps), and in the second
     ("stop", "workers"),
-    [(21, 2), (84, 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(7, 0), (7, 2), (21, 0), (84, 2)])],
+    [(14, 2), (35, 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(7, 0), (7, 2), (14, 0), (35, 2)])],
 )
-def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(inputs, stop, workers):
-    words = [*inputs["distillation/student"], CALLBACKS, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2"]
+def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(student, stop, workers):
+    words = [*student, CALLBACKS, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2"]
     words += [f"--data.num_workers={workers}", "--data.batch_size=2", "--model.lr_scheduler.total_steps=100"]
     whole = fit([*words, "--run=whole"])
     fit([*words, "--run=parts", f"--trainer.max_steps={stop}"])
@@ -133,8 +150,8 @@ def test_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(inputs, stop,
             assert torch.equal(value, resumed.trainer.callback_metrics[name]), name
 
 
-def test_run_folder_holds_the_record(inputs, tmp_path):
-    cli = fit([*inputs["distillation/student"], "--run=mine", "--seed_everything=3"])
+def test_run_folder_holds_the_record(student, tmp_path):
+    cli = fit([*student, "--run=mine", "--seed_everything=3"])
     folder = tmp_path / "runs" / "distillation-student" / "mine"
     assert cli.trainer.default_root_dir == "runs/distillation-student/mine"
     names = {path.name for path in folder.iterdir()}
@@ -148,18 +165,18 @@ def test_run_folder_holds_the_record(inputs, tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["source"] == "random:tiny"
 
 
-def test_same_command_twice_gives_the_same_numbers(inputs):
-    runs = [fit([*inputs["distillation/student"], f"--run={name}"]) for name in ("a", "b")]
+def test_same_command_twice_gives_the_same_numbers(student):
+    runs = [fit([*student, f"--run={name}"]) for name in ("a", "b")]
     figures = [{n: float(v) for n, v in cli.trainer.callback_metrics.items() if n != "tokens_per_second"} for cli in runs]
     assert figures[0] == figures[1]
-    other = fit([*inputs["distillation/student"], "--run=c", "--seed_everything=1"])
+    other = fit([*student, "--run=c", "--seed_everything=1"])
     assert float(other.trainer.callback_metrics["val_loss"]) != figures[0]["val_loss"]
 
 
-def test_existing_run_is_left_as_it_is(inputs):
-    fit([*inputs["distillation/student"], "--run=mine"])
+def test_existing_run_is_left_as_it_is(student):
+    fit([*student, "--run=mine"])
     with pytest.raises(InputError, match="'mine'.*holds a run already"):
-        fit([*inputs["distillation/student"], "--run=mine"])
+        fit([*student, "--run=mine"])
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
@@ -220,11 +237,11 @@ def test_torchrun_takes_the_command_of_the_page_about_large_models():
     assert parse(taken.training_script_args).run == "seven_on_two"
 
 
-def test_command_line_that_contradicts_the_checkpoint_is_refused(inputs):
-    fit([*inputs["distillation/student"], "--run=mine"])
+def test_command_line_that_contradicts_the_checkpoint_is_refused(student):
+    fit([*student, "--run=mine"])
     with pytest.raises(InputError, match=r"model\.soft_weight is 0\.5 there, 0\.9 here"):
-        fit([*inputs["distillation/student"], "--run=mine", "--ckpt_path=last", "--model.soft_weight=0.9"])
-    words = ["validate", "-c", "distillation/student", "--model.source=random:tiny", *inputs["distillation/student"], *QUIET]
+        fit([*student, "--run=mine", "--ckpt_path=last", "--model.soft_weight=0.9"])
+    words = ["validate", "-c", "distillation/student", "--model.source=random:tiny", *student, *QUIET]
     checkpoint = "runs/distillation-student/mine/checkpoints/best.ckpt"
     with pytest.raises(InputError, match=r"model\.divergence"):
         run([*words, f"--ckpt_path={checkpoint}", "--model.divergence=reverse_kl"])
@@ -232,17 +249,17 @@ def test_command_line_that_contradicts_the_checkpoint_is_refused(inputs):
     assert "val_kl" in validated.trainer.callback_metrics
 
 
-def test_missing_checkpoints_are_refused(inputs):
+def test_missing_checkpoints_are_refused(student):
     with pytest.raises(InputError, match=r"no checkpoint in runs/distillation-student"):
-        fit([*inputs["distillation/student"], "--ckpt_path=last"])
+        fit([*student, "--ckpt_path=last"])
     with pytest.raises(InputError, match=r"'none\.ckpt' is no file"):
-        fit([*inputs["distillation/student"], "--ckpt_path=none.ckpt"])
+        fit([*student, "--ckpt_path=none.ckpt"])
 
 
-def test_checkpoint_of_the_command_line_loads_in_plain_python(inputs):
+def test_checkpoint_of_the_command_line_loads_in_plain_python(student):
     from fulgurite.modules import SoftLabelDistillation
 
-    cli = fit([*inputs["distillation/student"], "--run=mine"])
+    cli = fit([*student, "--run=mine"])
     path = "runs/distillation-student/mine/checkpoints/best.ckpt"
     loaded = SoftLabelDistillation.load_from_checkpoint(path, weights_only=True)
     for name, tensor in cli.model.state_dict().items():

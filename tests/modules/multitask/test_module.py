@@ -55,7 +55,7 @@ def test_branches_of_divided_weights_are_not_exported(data):
 
 
 def test_tasks_are_learnt(data):
-    trainer = fit(model(rate=3e-3), data(batch_size=12), 150, callbacks=[TokenRate()])
+    trainer = fit(model(rate=3e-3), data(batch_size=12), 100, callbacks=[TokenRate()])
     found = trainer.callback_metrics
     assert found["val_accuracy/parity"] > 0.9
     assert found["tokens_per_second"] > 0
