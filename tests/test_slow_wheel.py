@@ -25,10 +25,12 @@ METHODS = {  # the commands of a method, and what they leave
     ),
     "offsite": (
         [
-            "owner demo --model random:tiny --text my_text/ --task rows.jsonl --candidates [y,n] --layers 3 --cut 1 --rows 12 "
-            "--val_rows 4 --emulator_steps 2 --tune_steps 2 --split_steps 2 --folder demo"
+            "fit -c offsite/emulator --run small",
+            "fit -c offsite/tune --model.source runs/emulator/small/export --data.train rows.jsonl --run small "
+            "--model.candidates null",
+            "owner certificates --folder papers --hosts [localhost] --parties [north]",
         ],
-        "demo/summary.json",
+        "runs/tune/small/prefix",
     ),
     "multitask": (["fit -c multitask/train --run small"], "runs/multitask/small/export/text/next_words"),
 }
@@ -62,7 +64,7 @@ def test_every_method_of_the_wheel_works_in_an_empty_environment(tmp_path):
     rows = [json.dumps({"prompt": f"{n}?", "response": "yn"[n % 2]}) + "\n" for n in range(20)]
     (away / "rows.jsonl").write_text("".join(rows))
     commands = [words.split() for commands, _ in METHODS.values() for words in commands]
-    small = [words if words[0] == "owner" else made_small(words) for words in commands]
+    small = [made_small(words) for words in commands]
     # In one process, which imports everything once.
     code = f"from fulgurite.experiments.main import main\nfor words in {small!r}:\n    print(words)\n    main(words)"
     run(binaries / "python", "-c", code, **settings)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,17 +89,25 @@ def demo(
         fingerprint = EmulatorManifest.load(emulator).model
         loaded = [Prefix.load(prefix, fingerprint) for prefix in prefixes]
         average_prefixes(loaded, [rows // 2] * len(loaded)).save(root / "prefix", fingerprint)
-        through = ["-c", "offsite/split", f"--model.source={emulator}", *_reach(address, papers, PARTIES[0])]
-        figures = {}
         rungs: dict[str, list[str]] = {
             "no prefix": ["--model.prefix=null"],
             "both parties' mean": [f"--model.start={root / 'prefix'}"],
         }
         for name, prefix in zip(PARTIES, prefixes):
             rungs[f"prefix of {name}"] = [f"--model.start={prefix}"]
-        for number, (title, start) in enumerate(rungs.items()):
-            words = ["validate", *through, *start, *test, *common, f"--run=measure-{number}"]
-            figures[title] = _accuracy(_run("north", [*words, "--trainer.callbacks=null"], root))
+
+        def measured(party: int) -> dict[str, float]:
+            """Measure every other rung, one at a time."""
+            reach, found = _reach(address, papers, PARTIES[party]), {}
+            for number, (title, start) in list(enumerate(rungs.items()))[party :: len(PARTIES)]:
+                words = ["validate", "-c", "offsite/split", f"--model.source={emulator}", *reach, *start, *test, *common]
+                words += [f"--run=measure-{number}", "--trainer.callbacks=null"]
+                found[title] = _accuracy(_run(PARTIES[party], words, root))
+            return found
+
+        with ThreadPoolExecutor(len(PARTIES)) as pool:
+            found = ChainMap(*pool.map(measured, range(len(PARTIES))))
+        figures = {title: found[title] for title in rungs}
     finally:
         owner.send_signal(signal.SIGTERM)
         owner.wait()
