@@ -156,15 +156,16 @@ class GradientPruning(Callback):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        self.exchange = GradientExchange(names, **self.settings)
+        model = trainer.strategy.model if isinstance(trainer.strategy.model, DistributedDataParallel) else None
+        some_unused = model is not None and (model.find_unused_parameters or model.static_graph)
+        self.exchange = GradientExchange(names, **self.settings, some_unused=some_unused)
         if self._kept_back is not None:
             self.exchange.load(_rank_file(self._kept_back, self.exchange.rank), pl_module.device)
             self._kept_back = None
         self.parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         self.entries = sum(parameter.numel() for parameter in self.parameters)
         self.bytes_at = self.exchange.bytes_at(list(self.parameters))
-        model = trainer.strategy.model
-        if isinstance(model, DistributedDataParallel) and model is not self._hooked:
+        if model is not None and model is not self._hooked:
             # Lightning registers hooks on CUDA alone and ignores them elsewhere.
             model.register_comm_hook(self, _hook)
             self._hooked = model

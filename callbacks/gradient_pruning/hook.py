@@ -83,6 +83,8 @@ class GradientExchange:
             nothing.
         momentum: Factor of momentum correction with factor masking (for an optimizer without momentum of its own); 0 for none.
         dense_below: Parameters with fewer entries, and those of one dimension, are always sent whole, as float16.
+        some_unused: Whether a step may leave parameters unused: their gradient in a bucket is zero, and DDP does not apply what
+            comes back. What was kept back of them then waits for a step that uses them.
         group: Process group; None for one process, which prunes its own gradient.
     """
 
@@ -96,9 +98,11 @@ class GradientExchange:
         clip: float | None = None,
         momentum: float = 0.0,
         dense_below: int = 2048,
+        some_unused: bool = False,
         group: Any = None,
     ) -> None:
         self.names, self.dense_format, self.value_bits, self.error_feedback = names, dense_format, value_bits, error_feedback
+        self.some_unused = some_unused
         self.clip, self.momentum, self.dense_below, self.group = clip, momentum, dense_below, group
         self.ranks = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
@@ -109,6 +113,7 @@ class GradientExchange:
         self.clock = Clock()
         self.residuals: dict[str, Tensor] = {}
         self.velocities: dict[str, Tensor] = {}
+        self._unused: set[str] = set()  # of the bucket at hand
         self._workspaces: dict[tuple[str, ...], Tensor] = {}
         self.at_work: list[Any] = []  # on a GPU, until it is waited for
 
@@ -152,6 +157,9 @@ class GradientExchange:
             limit = self.clip * (buffer.numel() / total) ** 0.5 / self.ranks**0.5
             buffer.mul_((limit / (buffer.norm() + 1e-12)).clamp(max=1.0))
         large, small = self._split(buffer, parameters)
+        self._unused = {name for name, part in large + small if not part.any()} if self.some_unused else set()
+        for name in self._unused & self.residuals.keys():
+            self.residuals[name] = self.residuals[name].clone()  # out of the memory that this step fills
         self._add_residuals(buffer, parameters)
         keep = 1 - self.rate
         entries = sum(part.numel() for _, part in large)
@@ -177,6 +185,8 @@ class GradientExchange:
         for parameter in parameters:
             name, part = self.names[id(parameter)], buffer[begin : begin + parameter.numel()]
             begin += parameter.numel()
+            if name in self._unused:
+                continue
             if self.momentum:
                 velocity = self.velocities.setdefault(name, torch.zeros_like(part, dtype=torch.float32))
                 part.copy_(velocity.mul_(self.momentum).add_(part))
@@ -191,6 +201,9 @@ class GradientExchange:
         begin = 0
         for parameter in parameters:
             name, size = self.names[id(parameter)], parameter.numel()
+            if name in self._unused and not self.flush:
+                begin += size
+                continue
             if self.flush:
                 self.velocities.pop(name, None)  # of what was sent, momentum is forgotten
             if exact or self.flush or not self.error_feedback:
@@ -241,8 +254,13 @@ class GradientExchange:
 
     def _workspace(self, use: str, size: int, parts: list[tuple[str, Tensor]]) -> Tensor:
         """Return memory that a bucket uses at every step; fresh memory of this size costs more than all that is done in it."""
-        key = (use, *(name for name, _ in parts))  # residuals are parts of it: other parameters, other memory
-        if key not in self._workspaces:
+        names = [name for name, _ in parts]
+        key = (use, *names)  # residuals are parts of it: other parameters, other memory
+        if key not in self._workspaces:  # once DDP has arranged its buckets anew, those before it are of no use
+            others = {
+                other: memory for other, memory in self._workspaces.items() if other[0] != use or set(names).isdisjoint(other)
+            }
+            self._workspaces = others
             self._workspaces[key] = torch.empty(size, device=parts[0][1].device)
         return self._workspaces[key]
 
@@ -256,6 +274,8 @@ class GradientExchange:
         for name, part in parts:
             rows = slice(begin, begin + part.numel())
             begin += part.numel()
+            if name in self._unused:
+                continue
             if self.error_feedback:
                 self._keep(name, rest[rows])
             if mask is not None:

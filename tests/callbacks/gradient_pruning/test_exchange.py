@@ -15,6 +15,8 @@ SHAPES = st.lists(
     st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 60), st.integers(1, 60))), min_size=1, max_size=5
 )
 
+KEPT = ("residuals", "velocities")
+
 
 def parameters_of(shapes, seed=0):
     draw = torch.Generator().manual_seed(seed)
@@ -110,6 +112,38 @@ def test_what_is_kept_back_of_one_parameter_never_becomes_that_of_another():
     exchange.exchange(torch.randn(5000), [one, three], 7500).wait()
     assert torch.equal(exchange.residuals["p1"], before)
     assert not torch.equal(exchange.residuals["p2"], before)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_what_is_kept_back_of_an_unused_parameter_waits(rate, momentum):
+    """DDP gives its zeros to the hook, and does not apply what comes back."""
+    parameters = parameters_of([(50, 50), (50, 50), (7,)])
+    exchange = exchange_of(parameters, some_unused=True, momentum=momentum)
+    exchange.rate = 0.9
+    exchange.exchange(torch.randn(5007), parameters, 5007).wait()
+    before = {kind: {name: tensor.clone() for name, tensor in getattr(exchange, kind).items()} for kind in KEPT}
+    exchange.rate = rate
+    gradient = torch.randn(5007)
+    gradient[2500:] = 0
+    sent = exchange.exchange(gradient, parameters, 5007).wait()
+    assert not sent[2500:].any()
+    for kind, held in before.items():
+        for name in ("p1", "p2") if held else ():
+            assert torch.equal(getattr(exchange, kind)[name], held[name])
+    assert not torch.equal(exchange.residuals["p0"], before["residuals"]["p0"])
+    last = exchange.exchange(torch.full((5007,), 1e-9), parameters, 5007).wait()
+    assert last[2500:5000].abs().sum() > 1
+
+
+def test_memory_of_buckets_that_are_no_more_is_given_back():
+    parameters = one, two, three, four = parameters_of([(50, 50)] * 4)
+    exchange = exchange_of(parameters)
+    exchange.rate = 0.9
+    for pairs in [((one, two), (three, four)), ((four, three), (two, one))]:
+        for pair in pairs:
+            exchange.exchange(torch.randn(5000), list(pair), 10000).wait()
+    assert sum(memory.numel() for memory in exchange._workspaces.values()) <= 2 * 2 * (5000 + 5000 % 256 + 256)
 
 
 def test_a_gradient_that_is_not_finite_does_not_poison_the_next():
