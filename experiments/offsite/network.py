@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from transformers import DynamicCache
 
 from ...files import write_json
 from ...modules.offsite import OwnerAccess, Prefix, PrefixSettings, behind_prefix, plugged_in
@@ -121,40 +122,49 @@ def _party(root: Path) -> dict[str, float]:
         optimizer.zero_grad()
         return time.perf_counter() - begin
 
-    def write(model: Any) -> float:
-        asked = batch[:1, : length + 32]
-        settings = {"attention_mask": torch.ones_like(asked), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        begin = time.perf_counter()
-        model.generate(asked, max_new_tokens=told["written"], min_new_tokens=told["written"], **settings)
-        return (time.perf_counter() - begin) / told["written"]
+    def write() -> list[tuple[float, float]]:
+        """Write a text with both, each token in turns; return the seconds of every pair but the first, which reads the prompt."""
+        models, ids, at, found = (split, whole), [batch[:1, : length + 32]] * 2, 0, []
+        caches = [DynamicCache(config=model.config) for model in models]
+        for number in range(told["written"] + 1):
+            seconds, positions = [0.0, 0.0], torch.arange(at, at + ids[0].shape[1])[None]
+            for one in (0, 1) if number % 2 else (1, 0):
+                begin = time.perf_counter()
+                settings = {"position_ids": positions, "past_key_values": caches[one], "use_cache": True}
+                ids[one] = models[one](ids[one], logits_to_keep=1, **settings).logits[:, -1].argmax(-1)[None]
+                seconds[one] = time.perf_counter() - begin
+            at += positions.shape[1]
+            found.append((seconds[0], seconds[1]))
+        return found[1:]
 
-    times: dict[str, list[float]] = {"split": [], "whole": [], "split_token": [], "whole_token": []}
+    steps: list[tuple[float, float]] = []
+    tokens: list[tuple[float, float]] = []
     sent = received = 0
     with plugged_in(whole, prefix), plugged_in(split, prefix.within(0, cut)):
         for turn in track(range(told["rounds"] + 1), description="Steps and texts"):
             before = client.sent_bytes, client.received_bytes
-            found = {"split": step(split)}
+            split_seconds = step(split)
             sent, received = client.sent_bytes - before[0], client.received_bytes - before[1]
-            found["whole"] = step(whole)
+            whole_seconds = step(whole)
             with torch.no_grad():
-                found |= {"split_token": write(split), "whole_token": write(whole)}
-            for name, seconds in found.items() if turn else ():  # the first is not counted
-                times[name].append(seconds)
+                pairs = write()
+            if turn:  # the first is not counted
+                steps.append((split_seconds, whole_seconds))
+                tokens += pairs
     rows_bytes = sum(rows.nbytes for rows in prefix.within(cut, layers).rows)
     states_bytes = ids.numel() * int(whole.config.hidden_size) * whole.dtype.itemsize
     needed = 4 * states_bytes + 2 * rows_bytes  # there and back: states, gradients, rows
-    medians = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "step_seconds": medians["split"],
-        "whole_step_seconds": medians["whole"],
-        "times_as_long": statistics.median(one / two for one, two in zip(times["split"], times["whole"])),
+        "step_seconds": statistics.median(one for one, _ in steps),
+        "whole_step_seconds": statistics.median(two for _, two in steps),
+        "times_as_long": statistics.median(one / two for one, two in steps),
         "sent_bytes": float(sent),
         "received_bytes": float(received),
         "states_bytes": float(4 * states_bytes),
         "rows_bytes": float(2 * rows_bytes),
         "bytes_share": (sent + received) / needed,
-        "token_ms": 1000 * medians["split_token"],
-        "token_ms_more": 1000 * statistics.median(one - two for one, two in zip(times["split_token"], times["whole_token"])),
+        "token_ms": 1000 * statistics.median(one for one, _ in tokens),
+        "token_ms_more": 1000 * statistics.median(one - two for one, two in tokens),
     }
 
 

@@ -91,6 +91,7 @@ class OwnerServer:
         # never reads its replies would have them pile up here.
         self._at_work = {name: threading.BoundedSemaphore(_CALLS_OF_ONE) for name in tokens}
         self._unread = {name: threading.BoundedSemaphore(_CALLS_OF_ONE) for name in tokens}
+        self._on_their_way: dict[grpc.ServicerContext, float] = {}  # calls whose messages are to be there by then
         self._seen: set[str] = set()
         self._grumbled: dict[str, float] = {}
         self._stopped = threading.Event()
@@ -130,6 +131,7 @@ class OwnerServer:
         """Begin to answer."""
         self._server.start()
         threading.Thread(target=self._forget, daemon=True, name="owner-forgets").start()
+        threading.Thread(target=self._hurry, daemon=True, name="owner-hurries").start()
         return self
 
     def stop(self, grace: float = 1.0) -> None:
@@ -172,12 +174,11 @@ class OwnerServer:
         if not context.add_callback(self._unread[party].release):
             self._unread[party].release()
             context.abort(status.CANCELLED, "The call is over.")
-        impatience = threading.Timer(self._most_wait, context.cancel)
-        impatience.start()
+        self._on_their_way[context] = time.monotonic() + self._most_wait
         try:
             data = next(messages, b"")
         finally:
-            impatience.cancel()
+            self._on_their_way.pop(context, None)
         return self._considered(name, party, data, context)
 
     def _considered(self, name: str, party: str, data: bytes, context: grpc.ServicerContext) -> bytes:
@@ -207,6 +208,13 @@ class OwnerServer:
         while not self._stopped.wait(min(60.0, self.layers.lifetime / 2)):
             self.layers.forget_old()
             self.texts.forget_old()
+
+    def _hurry(self) -> None:
+        """Cancel calls whose messages do not come."""
+        while not self._stopped.wait(min(1.0, self._most_wait / 4)):
+            now = time.monotonic()
+            for context in [context for context, end in list(self._on_their_way.items()) if end < now]:
+                context.cancel()
 
     def _reply(self, name: str, party: str, frame: Frame) -> Frame:
         told, tensors, layers = frame.fields, frame.tensors, self.layers

@@ -117,7 +117,7 @@ class OwnerTexts:
             states = with_virtual(states, length)
         begin = 0 if place == 0 else length + place
         positions = torch.arange(begin, begin + states.shape[1], device=states.device)[None]
-        with in_place(part, known.prefix):
+        with in_place(part, known.prefix if place == 0 else None):  # behind the first tokens, the prefix is in the cache
             last = part(states, position_ids=positions, cache=known.cache)[:, -1:]
         if not top:
             return {"states": last}
