@@ -55,6 +55,7 @@ def through(
         written: Tokens of the text.
         rate: Of the party's and the owner's link, such as ``20mbit``; None is the loopback device.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))  # two processes share this machine's cores
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder)
         make_certificates(root, hosts=["localhost", _OWNER], parties=["one"])
@@ -169,5 +170,4 @@ def _party(root: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(os.cpu_count() or 1)
     write_json(Path(sys.argv[1]) / "found.json", _party(Path(sys.argv[1])))
