@@ -257,10 +257,8 @@ class GradientExchange:
         names = [name for name, _ in parts]
         key = (use, *names)  # residuals are parts of it: other parameters, other memory
         if key not in self._workspaces:  # once DDP has arranged its buckets anew, those before it are of no use
-            others = {
-                other: memory for other, memory in self._workspaces.items() if other[0] != use or set(names).isdisjoint(other)
-            }
-            self._workspaces = others
+            for other in [other for other in self._workspaces if other[0] == use and not set(names).isdisjoint(other[1:])]:
+                del self._workspaces[other]
             self._workspaces[key] = torch.empty(size, device=parts[0][1].device)
         return self._workspaces[key]
 

@@ -213,7 +213,7 @@ class OwnerServer:
         """Cancel calls whose messages do not come."""
         while not self._stopped.wait(min(1.0, self._most_wait / 4)):
             now = time.monotonic()
-            for context in [context for context, end in list(self._on_their_way.items()) if end < now]:
+            for context in [context for context, end in self._on_their_way.copy().items() if end < now]:
                 context.cancel()
 
     def _reply(self, name: str, party: str, frame: Frame) -> Frame:

@@ -23,6 +23,8 @@ from ..conftest import prose
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
+LAYERS = "--model.student.keep_layers.count=2"
+
 
 @pytest.fixture(autouse=True)
 def in_an_own_folder(tmp_path, monkeypatch):
@@ -64,7 +66,7 @@ def labels(tmp_path_factory):
 @pytest.fixture
 def student(labels):
     """Words that make a small student learn from them."""
-    return ["--model.student.keep_layers.count=2", f"--data.store={labels}"]
+    return [LAYERS, f"--data.store={labels}"]
 
 
 @pytest.fixture
@@ -73,7 +75,6 @@ def inputs(tmp_path, text_file, documents_file, offsite, labels, student):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "response": "ABCD"[n % 4]}) + "\n" for n in range(40)))
     text = [f"--data.train={text_file}", "--data.block_size=64"]
-    layers = student[:1]
     calibration = (
         f"--data.documents={documents_file}",
         *("--data.lengths=[250]", "--data.val_lengths=[300]", "--data.examples=1", "--data.val_examples=1"),
@@ -89,7 +90,7 @@ def inputs(tmp_path, text_file, documents_file, offsite, labels, student):
         "distillation/capture": [*text, "--trainer.callbacks.store=others"],
         "distillation/student": student,
         "distillation/large": [*student, "--trainer.strategy=auto"],
-        "distillation/online": [*layers, *text, "--model.teacher=random:tiny"],
+        "distillation/online": [LAYERS, *text, "--model.teacher=random:tiny"],
         "fusion/compress": [*text, '--model.shape={"num_hidden_layers": 3}'],
         "fusion/large": [*text, '--model.shape={"num_hidden_layers": 3}', "--trainer.strategy=auto"],
         "gradient_pruning/train": [*text, "--trainer.max_epochs=1"],
