@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ...errors import InputError
 from ..student import decoder_layers, keep_layers
 from .shape import SIZES, FusionShape
-from .starts import FusionStart, important_layers
+from .starts import Built, FusionStart, important_layers
 from .statistics import Rows
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class KeepLayers(_DepthStart):
             raise InputError(f"by={by!r} is unknown. Legal: block_influence, first_of_pairs.")
         self.by = by
 
-    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
         """See ``FusionStart``."""
         count = shape.num_hidden_layers or 0
         if self.by == "block_influence":
@@ -64,7 +64,7 @@ class KeepLayers(_DepthStart):
             behind = _groups(len(decoder_layers(large)) - first, count - first) if count > first else []
             kept = [*range(first), *(first + group[0] for group in behind)]
         keep_layers(large, kept)
-        return large
+        return large, kept
 
 
 def _groups(layers: int, count: int) -> list[list[int]]:
@@ -79,7 +79,7 @@ class AverageLayers(_DepthStart):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
         """See ``FusionStart``."""
         layers = decoder_layers(large)
         groups = _groups(len(layers), shape.num_hidden_layers or 0)
@@ -88,7 +88,7 @@ class AverageLayers(_DepthStart):
                 others = [layers[other].get_parameter(name) for other in rest]
                 weight.data.copy_(torch.stack([weight.data, *(other.data for other in others)]).mean(dim=0))
         keep_layers(large, [first for first, *_ in groups])
-        return large
+        return large, None
 
 
 class LayerCollapse(_DepthStart):
@@ -117,7 +117,7 @@ class LayerCollapse(_DepthStart):
             raise InputError(f"threshold={threshold} is no cosine to ask for. Legal: above 0, up to 1.")
         self.merged, self.interval, self.threshold = merged, interval, threshold
 
-    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
         """See ``FusionStart``."""
         count, threshold = shape.num_hidden_layers or 0, self.threshold
         goal = _last_states(large, rows)
@@ -137,7 +137,7 @@ class LayerCollapse(_DepthStart):
             if threshold < -1.1:
                 raise InputError("start=LayerCollapse: hidden states are not finite, so no merge is similar. Check the model.")
             log.info("%d layers; the threshold is now %.2f", layers, threshold)
-        return model
+        return model, None
 
 
 def _collapsed(model: PreTrainedModel, place: int, merges: int) -> PreTrainedModel:
@@ -184,7 +184,7 @@ class ReplacementLayer(_DepthStart):
             raise InputError(f"learning_rate={learning_rate} moves nothing. Legal: above 0.")
         self.steps, self.learning_rate = steps, learning_rate
 
-    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
         """See ``FusionStart``."""
         layers = decoder_layers(large)
         gone = len(layers) - (shape.num_hidden_layers or 0) + 1  # one of them is trained again
@@ -206,7 +206,7 @@ class ReplacementLayer(_DepthStart):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return large.requires_grad_(True)
+        return large.requires_grad_(True), None
 
 
 def _behind(model: PreTrainedModel, layer: nn.Module, row: dict[str, Tensor]) -> Tensor:
@@ -240,6 +240,6 @@ class FreshModel(FusionStart):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
         """See ``FusionStart``."""
-        return AutoModelForCausalLM.from_config(shape.config(large.config), dtype=large.dtype)
+        return AutoModelForCausalLM.from_config(shape.config(large.config), dtype=large.dtype), None

@@ -131,7 +131,7 @@ class FusionCompression(SoftLabelDistillation):
         self.wide: PreTrainedModel | None = None  # what the depth stage mixes, frozen; part of checkpoints
         self._large: list[PreTrainedModel] = []  # in a list: a checkpoint names its source instead
         self.held_out: dict[str, float] = {}  # perplexities of held-out text by model
-        self.learnt: dict[str, Any] = {}  # what the operators of the stages so far came to
+        self.learnt: dict[str, Any] = {}  # what the operators of the stages so far came to, or which layers were kept without any
 
     @property
     def stage_name(self) -> str:
@@ -178,7 +178,11 @@ class FusionCompression(SoftLabelDistillation):
         if not self.in_last_stage:
             return self._begin(large)
         self._large.clear()
-        return self.start.build(large, self.shape, self._rows(large.device))
+        layers = len(decoder_layers(large))
+        small, kept = self.start.build(large, self.shape, self._rows(large.device))
+        if kept is not None and len(kept) < layers:
+            self.learnt = {"depth": [[float(layer == own) for layer in range(layers)] for own in kept]}
+        return small
 
     def _load_large(self) -> PreTrainedModel:
         if not self._large:

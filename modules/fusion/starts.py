@@ -20,6 +20,7 @@ from .statistics import Rows, second_moments
 
 log = logging.getLogger(__name__)
 Stage = Literal["width", "depth", "joint"]
+Built = tuple[PreTrainedModel, list[int] | None]  # None: of no single ones
 
 
 @dataclass
@@ -70,8 +71,8 @@ class FusionStart(ABC):
         return []
 
     @abstractmethod
-    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
-        """Return the small model of a start without stages.
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
+        """Return the small model of a start without stages, and which of the large one's layers its layers come from.
 
         Args:
             large: The large model; it is used up.
@@ -116,12 +117,12 @@ class BestSelection(FusionStart):
         self.forms = OperatorForms("frozen" if residual == "dimensions" else None, "frozen", "frozen")
         self.fold, self.refit, self.field = fold, refit, 0
 
-    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> PreTrainedModel:
+    def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
         """See ``FusionStart``."""
         fused = self._fused("joint", large, shape, rows)
         plain = materialise(fused.model)
         self._fit(plain, large, fused, rows, shape.kept_layers)
-        return plain
+        return plain, fused.centres
 
     def begin(self, stage: Stage, model: PreTrainedModel, shape: FusionShape, rows: Rows) -> Fused:
         """Return the model whose operators are learnt in a stage.

@@ -33,7 +33,8 @@ def weights(model, name=WEIGHT):
 def test_block_influence_keeps_the_layers_that_change_most():
     model = quiet_layers(model_of("llama"), 1, 3)
     before = weights(model)
-    small = KeepLayers().build(model, shape_of(model, 3), text(3))
+    small, found = KeepLayers().build(model, shape_of(model, 3), text(3))
+    assert found == [0, 2, 4]
     assert all(torch.equal(new, before[old]) for new, old in zip(weights(small), [0, 2, 4]))
 
 
@@ -41,7 +42,8 @@ def test_block_influence_keeps_the_layers_that_change_most():
 def test_first_of_pairs_are_spread_over_the_depth(layers, kept):
     model = model_of("qwen3")
     before = weights(model)
-    small = KeepLayers(by="first_of_pairs").build(model, shape_of(model, layers), [])
+    small, found = KeepLayers(by="first_of_pairs").build(model, shape_of(model, layers), [])
+    assert found == kept
     assert all(torch.equal(new, before[old]) for new, old in zip(weights(small), kept))
     assert logits(small).isfinite().all()
 
@@ -49,7 +51,7 @@ def test_first_of_pairs_are_spread_over_the_depth(layers, kept):
 def test_average_is_the_mean_of_neighbours():
     model = model_of("llama")
     before = weights(model)
-    small = AverageLayers().build(model, shape_of(model, 3), [])
+    small, _ = AverageLayers().build(model, shape_of(model, 3), [])
     groups = ([0, 1], [2], [3, 4])
     for new, group in zip(weights(small), groups):
         torch.testing.assert_close(new, torch.stack([before[place] for place in group]).mean(dim=0))
@@ -69,7 +71,7 @@ def test_collapse_adds_differences_and_keeps_the_earlier_layer():
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_collapse_reaches_every_depth(layers, merged):
     model = model_of("llama")
-    small = LayerCollapse(merged=merged).build(model, shape_of(model, layers), text(2))
+    small, _ = LayerCollapse(merged=merged).build(model, shape_of(model, layers), text(2))
     assert len(small.model.layers) == small.config.num_hidden_layers == layers
     assert logits(small).isfinite().all()
 
@@ -78,7 +80,7 @@ def test_collapse_prefers_what_changes_little():
     """With layers that do nothing at the rear, they are what is folded, and the model stays as it was."""
     model = quiet_layers(model_of("llama"), 3, 4)
     goal = _last_states(model, text(2))
-    small = LayerCollapse(merged=2, interval=1, threshold=0.999).build(copy.deepcopy(model), shape_of(model, 4), text(2))
+    small, _ = LayerCollapse(merged=2, interval=1, threshold=0.999).build(copy.deepcopy(model), shape_of(model, 4), text(2))
     assert torch.cosine_similarity(_last_states(small, text(2)), goal, dim=-1).mean() > 0.99
 
 
@@ -88,7 +90,7 @@ def test_replacement_stands_for_the_layers_that_change_least_and_learns_what_the
     streams = [_streams(model, row) for row in rows]
 
     def missing(steps):
-        small = ReplacementLayer(steps=steps, learning_rate=1e-3).build(copy.deepcopy(model), shape_of(model, 4), rows)
+        small, _ = ReplacementLayer(steps=steps, learning_rate=1e-3).build(copy.deepcopy(model), shape_of(model, 4), rows)
         assert all(parameter.requires_grad for parameter in small.parameters())
         assert torch.equal(weights(small)[1], before[1])
         assert torch.equal(weights(small)[3], before[4])
@@ -102,7 +104,7 @@ def test_replacement_stands_for_the_layers_that_change_least_and_learns_what_the
 def test_fresh_model_is_random_and_of_the_shape():
     model = model_of("llama")
     torch.manual_seed(1)
-    small = FreshModel().build(model, FusionShape(num_hidden_layers=2, hidden_size=24).resolve(model.config), [])
+    small, _ = FreshModel().build(model, FusionShape(num_hidden_layers=2, hidden_size=24).resolve(model.config), [])
     assert (small.config.num_hidden_layers, small.config.hidden_size, LAYERS) == (2, 24, 5)
     assert not torch.equal(weights(small)[0][:24, :24], weights(model)[0][:24, :24])
 

@@ -10,7 +10,7 @@ from fulgurite.callbacks import ExportPretrained
 from fulgurite.datamodules import TextDataModule
 from fulgurite.errors import InputError
 from fulgurite.modules import EmulatorDistillation, FusionCompression
-from fulgurite.modules.fusion import FusionShape
+from fulgurite.modules.fusion import BestSelection, FusionShape, KeepLayers, LearnedFusion
 from fulgurite.modules.offsite import EmulatorManifest, EmulatorSpec
 from fulgurite.modules.offsite import emulator as module
 from fulgurite.modules.offsite.emulator import EmulatorFiles, download, fused_layers
@@ -103,9 +103,11 @@ def test_distillation_leaves_what_a_party_holds_and_comes_nearer_to_the_model(tm
     assert again._whole == system._whole
 
 
-def test_fused_layers_make_an_emulator(tmp_path):
+@pytest.mark.parametrize("start", [LearnedFusion, BestSelection, KeepLayers])
+def test_fused_layers_make_an_emulator(tmp_path, start):
     seed_everything(0)
-    fusion = FusionCompression("random:tiny", shape=FusionShape(num_hidden_layers=3, kept_layers=1))
+    shape = FusionShape(num_hidden_layers=3, kept_layers=1)
+    fusion = FusionCompression("random:tiny", shape=shape, start=start(calibration_tokens=128))
     trainer(tmp_path, max_steps=2, callbacks=[ExportPretrained(str(tmp_path / "fused"), dtype=None)]).fit(fusion, text(tmp_path))
     spec = EmulatorSpec(identical=1, fused=str(tmp_path / "fused"))
     system = EmulatorDistillation("random:tiny", emulator=spec)
