@@ -1,12 +1,14 @@
 """The exchange of gradients: what a DDP communication hook sends, keeps back and sums.
 
 Every rank sends the entries that it selects; what is not sent stays in a residual and is added to the next gradient (error
-feedback; Seide et al. 2014, Deep Gradient Compression, arXiv 1712.01887). Messages have the same length on all ranks, one
-all-gather a bucket runs under the backward pass, and sums are taken in the order of the ranks: replicas stay bitwise equal.
+feedback; Seide et al. 2014, Deep Gradient Compression, arXiv 1712.01887). Messages have the same length on all ranks, and travel
+during the backward pass. Two ranks, or few entries, take an all-gather, and sum in the order of the ranks. Else there are two
+phases: each rank gets one share of the vector from all others, sums it, and sends the sum, packed again; what that packing leaves
+out stays in this rank's residual as well (DoubleSqueeze, arXiv 1905.05957). Either way replicas stay bitwise equal.
 """
 
-import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,58 +19,12 @@ from torch import Tensor
 from torch.futures import Future
 
 from ...files import write_atomic
+from .clock import Clock, Mark
+from .in_order import InOrder
 from .policy import BytesAt
-from .wire import Layout, Places, ValueBits, pack, select, sparse_pays, unpack
+from .wire import GROUP, Layout, Places, ValueBits, in_two_phases, pack, select, sparse_pays, sum_share, unpack
 
 DenseFormat = Literal["float32", "float16"]
-Mark = float | torch.cuda.Event
-
-
-class Clock:
-    """Messages and bytes of one step on one rank.
-
-    On CUDA a moment is an event on the stream, since the host runs ahead; the figures are then right once the device is through.
-    """
-
-    def __init__(self) -> None:
-        self.bytes = 0.0  # that this rank sent
-        self.packing = 0.0  # seconds of selecting, packing, unpacking and summing, on a CPU
-        self._messages: list[tuple[Mark, Mark]] = []
-
-    def restart(self) -> None:
-        """Forget the step."""
-        self.bytes = self.packing = 0.0
-        self._messages.clear()
-
-    def mark(self, device: torch.device) -> Mark:
-        """Return this moment."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def arrived(self, posted: Mark, device: torch.device) -> None:
-        """Add a message that was posted then and has just arrived."""
-        self._messages.append((posted, self.mark(device)))
-
-    def times(self) -> tuple[float, float]:
-        """Return the seconds in which at least one message was under way, and those after the last one was posted."""
-        if not self._messages:
-            return 0.0, 0.0
-        first = self._messages[0][0]
-        spans = sorted((_seconds(first, posted), _seconds(first, arrived)) for posted, arrived in self._messages)
-        busy, end = 0.0, -math.inf
-        for posted, arrived in spans:
-            busy += max(0.0, arrived - max(posted, end))
-            end = max(end, arrived)
-        return busy, max(0.0, end - spans[-1][0])
-
-
-def _seconds(begin: Mark, end: Mark) -> float:
-    if isinstance(begin, float) and isinstance(end, float):
-        return end - begin
-    return float(begin.elapsed_time(end)) / 1000  # type: ignore[union-attr, arg-type]
 
 
 class GradientExchange:
@@ -116,6 +72,7 @@ class GradientExchange:
         self._unused: set[str] = set()  # of the bucket at hand
         self._workspaces: dict[tuple[str, ...], Tensor] = {}
         self.at_work: list[Any] = []  # on a GPU, until it is waited for
+        self._answers, self._second = InOrder(), None
 
     def is_small(self, parameter: Tensor) -> bool:
         """Whether a parameter [any] is always sent whole."""
@@ -162,12 +119,13 @@ class GradientExchange:
             self.residuals[name] = self.residuals[name].clone()  # out of the memory that this step fills
         self._add_residuals(buffer, parameters)
         keep = 1 - self.rate
-        entries = sum(part.numel() for _, part in large)
-        if self.rate == 0 or self.flush or not entries or not sparse_pays(keep, self.ranks, self.dense_bytes, self.value_bits):
+        if self.rate == 0 or self.flush or not large or not sparse_pays(keep, self.ranks, self.dense_bytes, self.value_bits):
             result = self._send_all(buffer, parameters)
+        elif in_two_phases(keep, self.ranks, self.value_bits):
+            result = self._send_shares(buffer, large, small, keep)
         else:
-            result = self._send_selection(buffer, large, small, Layout(entries, keep, self.value_bits))
-        self.clock.packing += time.perf_counter() - began
+            result = self._send_selection(buffer, large, small, keep)
+        self.clock.worked(began)
         return result
 
     def _split(self, buffer: Tensor, parameters: list[Tensor]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
@@ -220,11 +178,11 @@ class GradientExchange:
         return work.get_future().then(lambda future: buffer.copy_(self._arrived(posted, future)))
 
     def _send_selection(
-        self, buffer: Tensor, large: list[tuple[str, Tensor]], small: list[tuple[str, Tensor]], layout: Layout
+        self, buffer: Tensor, large: list[tuple[str, Tensor]], small: list[tuple[str, Tensor]], keep: float
     ) -> Future[Tensor]:
         """All-gather the selected entries of large parameters, and small parameters whole."""
-        vector = self._workspace("values", layout.size, large)
-        torch.cat([part for _, part in large], out=vector)
+        vector = self._vector(large)[: sum(part.numel() for _, part in large)]
+        layout = Layout(len(vector), keep, self.value_bits)
         dense = torch.cat([part.float() for _, part in small]) if small else vector.new_empty(0)
         message = torch.empty(layout.bytes + 2 * dense.numel(), dtype=torch.uint8, device=buffer.device)
         places = select(vector, layout, self.turn)
@@ -247,19 +205,104 @@ class GradientExchange:
             self._arrived(posted, future)
             began = time.perf_counter()
             result = self._sum(buffer, large, small, layout, messages, (places, sent))
-            self.clock.packing += time.perf_counter() - began
+            self.clock.worked(began)
             return result
 
         return work.get_future().then(unpacked)
 
-    def _workspace(self, use: str, size: int, parts: list[tuple[str, Tensor]]) -> Tensor:
-        """Return memory that a bucket uses at every step; fresh memory of this size costs more than all that is done in it."""
+    def _send_shares(
+        self, buffer: Tensor, large: list[tuple[str, Tensor]], small: list[tuple[str, Tensor]], keep: float
+    ) -> Future[Tensor]:
+        """Send each rank its share of what is selected, then all of them the sum of the own share; small parameters whole."""
+        vector, device, turn, unused = self._vector(large), buffer.device, self.turn, self._unused
+        shares = vector.view(self.ranks, -1)
+        size = shares.shape[1]
+        first, second = Layout(size, keep, self.value_bits), Layout(size, sum_share(keep, self.ranks), self.value_bits)
+        others = [rank for rank in range(self.ranks) if rank != self.rank]
+        message = torch.empty(len(others), first.bytes, dtype=torch.uint8, device=device)
+        selected: list[Tensor] = []
+        for row, other in zip(message, others):
+            places = select(shares[other], first, turn)
+            shares[other][places] -= pack(shares[other], places, first, row)
+            if isinstance(places, Tensor):
+                selected.append(places + other * size)
+        own = self._workspace("share", large).copy_(shares[self.rank])
+        self._keep_back(large, vector, torch.cat(selected) if selected else slice(None))  # of the own share, see ``answer``
+        dense = torch.cat([part.float() for _, part in small]) if small else vector.new_empty(0)
+        mean = dense.div(self.ranks).clamp_(-65504, 65504).to(torch.float16)
+        self._keep_back(small, dense - mean.float() * self.ranks, None)
+        self.clock.bytes += len(others) * (first.bytes + second.bytes + 2 * mean.nbytes / self.ranks)
+        received, group = torch.empty_like(message), self._group_of_answers(device)
+        rows = [int(rank != self.rank) for rank in range(self.ranks)]
+        posted = self.clock.mark(device)
+        works = [dist.all_to_all_single(received, message, rows, rows, group=self.group, async_op=True)]
+        if small:
+            works.append(dist.all_reduce(mean, group=self.group, async_op=True))
+        answers = [torch.empty(second.bytes, dtype=torch.uint8, device=device) for _ in range(self.ranks)]
+
+        def answer() -> Future[Tensor]:
+            for work in works:
+                work.wait()
+            self.clock.arrived(posted, device)
+            began = time.perf_counter()
+            for row in received:
+                _add(own, *unpack(row, first))
+            places = select(own, second, turn)
+            message = torch.empty_like(answers[0])
+            sent = pack(own, places, second, message)
+            own[places] -= sent
+            self._keep_rest(large, own, unused)
+            self.clock.worked(began)
+            answered = self.clock.mark(device)
+            work = dist.all_gather(answers, message, group=group, async_op=True)
+            if buffer.is_cuda:  # see ``_send_selection``
+                self.at_work.append((message, places, sent))
+            return work.get_future().then(lambda future: filled(answered, future, places, sent))
+
+        def filled(answered: Mark, future: Future, places: Places, sent: Tensor) -> Tensor:
+            self._arrived(answered, future, answer=True)
+            began = time.perf_counter()
+            sums = self._workspace("sums", large).zero_()
+            for rank, (total, received) in enumerate(zip(sums.view(self.ranks, -1), answers)):
+                _add(total, *((places, sent) if rank == self.rank else unpack(received, second)))
+            _distribute(large, sums.div_(self.ranks))
+            _distribute(small, mean)
+            self.clock.worked(began)
+            return buffer
+
+        if not buffer.is_cuda:
+            return self._answers.do(answer)
+        self.at_work.append((received, message, mean, answers))
+        return works[0].get_future().then(lambda _: answer().wait())  # NCCL's come in order, and wait on the device alone
+
+    def _group_of_answers(self, device: torch.device) -> Any:
+        """Return the process group of the second phase; on a CPU, one whose order another thread may keep."""
+        if device.type == "cuda":
+            return self.group
+        if self._second is None:
+            self._second = dist.new_group(dist.get_process_group_ranks(self.group), backend="gloo", timeout=_timeout(self.group))
+        return self._second
+
+    def _vector(self, large: list[tuple[str, Tensor]]) -> Tensor:
+        """Return the large parameters' gradients one after another, and zeros up to equal shares."""
+        entries = sum(part.numel() for _, part in large)
+        vector = self._workspace("values", large)
+        torch.cat([part for _, part in large], out=vector[:entries])
+        vector[entries:] = 0
+        return vector
+
+    def _workspace(self, use: Literal["values", "sums", "share"], parts: list[tuple[str, Tensor]]) -> Tensor:
+        """Return memory for a bucket's large parameters, up to equal shares of whole groups of entries, or for one of the shares.
+
+        A bucket uses it at every step; fresh memory of this size costs more than all that is done in it.
+        """
         names = [name for name, _ in parts]
         key = (use, *names)  # residuals are parts of it: other parameters, other memory
         if key not in self._workspaces:  # once DDP has arranged its buckets anew, those before it are of no use
             for other in [other for other in self._workspaces if other[0] == use and not set(names).isdisjoint(other[1:])]:
                 del self._workspaces[other]
-            self._workspaces[key] = torch.empty(size, device=parts[0][1].device)
+            size = -(-sum(part.numel() for _, part in parts) // (self.ranks * GROUP)) * GROUP
+            self._workspaces[key] = torch.empty(size * (1 if use == "share" else self.ranks), device=parts[0][1].device)
         return self._workspaces[key]
 
     def _keep_back(self, parts: list[tuple[str, Tensor]], rest: Tensor, sent: Places | None) -> None:
@@ -279,6 +322,19 @@ class GradientExchange:
             if mask is not None:
                 self.velocities[name].masked_fill_(mask[rows], 0)
 
+    def _keep_rest(self, large: list[tuple[str, Tensor]], rest: Tensor, unused: set[str]) -> None:
+        """Store what this rank has not sent of the sum of its share, beside what waits of a parameter that it has not used."""
+        if not self.error_feedback:
+            return
+        torch.nan_to_num_(rest, nan=0.0, posinf=0.0, neginf=0.0)
+        begin = -self.rank * len(rest)  # of a parameter, as places of the share
+        for name, part in large:
+            low, high = max(0, begin), min(len(rest), begin + part.numel())
+            if low < high:
+                kept = self.residuals.setdefault(name, torch.zeros_like(part, dtype=torch.float32))[low - begin : high - begin]
+                kept.copy_(rest[low:high] + kept if name in unused else rest[low:high])
+            begin += part.numel()
+
     def _keep(self, name: str, residual: Tensor) -> None:
         # A gradient that is not finite must not poison all that follow.
         self.residuals[name] = torch.nan_to_num_(residual, nan=0.0, posinf=0.0, neginf=0.0)
@@ -293,30 +349,45 @@ class GradientExchange:
         own: tuple[Places, Tensor],
     ) -> Tensor:
         """Fill the bucket with the mean of all ranks' messages, in the order of the ranks; this rank's own is known unpacked."""
-        total = self._workspace("sums", layout.size, large).zero_()
+        total = self._workspace("sums", large)[: layout.size].zero_()
         dense: Tensor | None = None
         for rank, message in enumerate(messages):
-            places, values = own if rank == self.rank else unpack(message[: layout.bytes], layout)
-            if isinstance(places, Tensor):
-                total.index_add_(0, places, values)
-            else:
-                total += values
+            _add(total, *(own if rank == self.rank else unpack(message[: layout.bytes], layout)))
             values = message[layout.bytes :].clone().view(torch.float16).float()
             dense = values if dense is None else dense + values
-        for parts, sums in ((large, total), (small, dense)):
-            begin = 0
-            for _, part in parts:
-                assert sums is not None
-                part.copy_(sums[begin : begin + part.numel()].div_(len(messages)))
-                begin += part.numel()
+        assert dense is not None
+        _distribute(large, total.div_(len(messages)))
+        _distribute(small, dense.div_(len(messages)))
         return buffer
 
-    def _arrived(self, posted: Mark, future: Future) -> Any:
+    def _arrived(self, posted: Mark, future: Future, *, answer: bool = False) -> Any:
         """Stop the clock of a message, and raise what went wrong on its way."""
         value = future.value()
         value = value[0] if isinstance(value, list | tuple) else value
-        self.clock.arrived(posted, value.device)
+        self.clock.arrived(posted, value.device, answer=answer)
         return value
+
+
+def _add(total: Tensor, places: Places, values: Tensor) -> None:
+    """Add the entries at some places to a vector."""
+    if isinstance(places, Tensor):
+        total.index_add_(0, places, values)
+    else:
+        total += values
+
+
+def _distribute(parts: list[tuple[str, Tensor]], vector: Tensor) -> None:
+    """Fill parameters' places in a bucket, one after another."""
+    begin = 0
+    for _, part in parts:
+        part.copy_(vector[begin : begin + part.numel()])
+        begin += part.numel()
+
+
+def _timeout(group: Any) -> timedelta:
+    """Return how long a message of a group may take."""
+    whole: Any = group or dist.group.WORLD
+    return whole._get_backend(torch.device("cpu")).options._timeout
 
 
 def _done(buffer: Tensor) -> Future[Tensor]:

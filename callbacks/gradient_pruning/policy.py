@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..loss_rate import LossWindow, PerformanceForm
-from .wire import ValueBits, entry_bytes, sends_all, sparse_pays
+from .wire import ValueBits, in_two_phases, link_bytes, sends_all, sparse_pays
 
 LADDER = (0.0, 0.2, 0.5, 0.75, 0.9, 0.96, 0.99, 0.996)
 
@@ -130,10 +130,13 @@ class BytesAt:
 
     def __call__(self, rate: float) -> float:
         """Return the bytes of a step at a rate."""
+        ring = 2 * (self.ranks - 1) / self.ranks
         if self._everything(rate):
-            return 2 * (self.ranks - 1) / self.ranks * (self.dense + self.sparse) * self.dense_bytes
+            return ring * (self.dense + self.sparse) * self.dense_bytes
         keep = 1 - rate
-        return (self.ranks - 1) * (2 * self.dense + keep * self.sparse * entry_bytes(keep, self.value_bits))
+        if in_two_phases(keep, self.ranks, self.value_bits):
+            return ring * 2 * self.dense + self.sparse * link_bytes(keep, self.ranks, self.value_bits)[1]
+        return (self.ranks - 1) * 2 * self.dense + self.sparse * link_bytes(keep, self.ranks, self.value_bits)[0]
 
     def delay(self, rate: float) -> float:
         """Return the steps that a pruned entry waits until it is sent, on average over entries."""

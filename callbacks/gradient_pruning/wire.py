@@ -28,7 +28,7 @@ class Layout:
 
     Args:
         size: Entries of the vector.
-        keep: Share of them that is sent, above 0, below 1.
+        keep: Share of them that is sent, above 0, up to 1.
         value_bits: Bits of a value: 16 for bfloat16; 4 for a sign and the root of its share of the largest of 256, in sevenths.
     """
 
@@ -87,19 +87,43 @@ def sends_all(keep: float, value_bits: ValueBits = 16) -> bool:
     return keep * entry_bytes(keep, value_bits) >= entry_bytes(1.0, value_bits) - 1e-9
 
 
-def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2, value_bits: ValueBits = 16) -> bool:
-    """Whether an all-gather of a share takes fewer bytes through a rank's link than an all-reduce of everything.
-
-    A ring all-reduce sends ``2 (P - 1) / P`` times the vector, an all-gather ``P - 1`` messages of ``e`` bytes an entry sent: it
-    pays below ``keep = 2 b / (P e)``.
+def link_bytes(keep: float, ranks: int, value_bits: ValueBits = 16) -> tuple[float, float]:
+    """Return the bytes that an entry of a vector takes through a rank's link where a share of the vector is sent.
 
     Args:
         keep: Share that is sent.
         ranks: P.
-        dense_bytes: b, bytes of an entry in the all-reduce.
-        value_bits: Bits of a value in the all-gather; with its place, it makes e.
+        value_bits: Bits of a value.
+
+    Returns:
+        By an all-gather, in which each rank sends its message to ``P - 1`` others; and in two phases, in which each rank gets
+        the messages of one P-th of the vector, and sends their sum to the others, of which up to P times the share is not zero.
     """
-    return keep * entry_bytes(keep, value_bits) * ranks < 2 * dense_bytes - 1e-9
+    both = keep * entry_bytes(keep, value_bits) + sum_share(keep, ranks) * entry_bytes(sum_share(keep, ranks), value_bits)
+    return (ranks - 1) * keep * entry_bytes(keep, value_bits), (ranks - 1) / ranks * both
+
+
+def sum_share(keep: float, ranks: int) -> float:
+    """Return the share of a sum that is sent in the second phase: what so many ranks may have selected."""
+    return min(1.0, ranks * keep)
+
+
+def in_two_phases(keep: float, ranks: int, value_bits: ValueBits = 16) -> bool:
+    """Whether the exchange in two phases takes fewer bytes than the all-gather; arguments as of ``link_bytes``."""
+    gathered, phases = link_bytes(keep, ranks, value_bits)
+    return phases < gathered - 1e-9
+
+
+def sparse_pays(keep: float, ranks: int, dense_bytes: int = 2, value_bits: ValueBits = 16) -> bool:
+    """Whether sending a share takes fewer bytes through a rank's link than a ring all-reduce of everything.
+
+    Args:
+        keep: Share that is sent.
+        ranks: P; one rank sends nothing, and prunes at any rate.
+        dense_bytes: b, bytes of an entry in the all-reduce, which sends ``2 (P - 1) / P`` times the vector.
+        value_bits: Bits of a value of the share.
+    """
+    return ranks == 1 or min(link_bytes(keep, ranks, value_bits)) < 2 * (ranks - 1) / ranks * dense_bytes - 1e-9
 
 
 Places = Tensor | slice  # a slice where all entries are sent

@@ -248,11 +248,74 @@ def test_ranks_get_the_mean_of_what_was_sent(tmp_path):
     on_ranks(_mean, tmp_path)
 
 
+def _phases(rank, count, value_bits, momentum):
+    """In two phases, too, what all get and what all keep back is what all had."""
+    shapes = [(40, 40), (7,), (30, 20), (3, 200)]
+    parameters = parameters_of(shapes)
+    total = sum(parameter.numel() for parameter in parameters)
+    exchange = exchange_of(parameters, value_bits=value_bits, some_unused=True, momentum=momentum)
+    draw = torch.Generator().manual_seed(rank)
+    before = torch.zeros(total)
+    for turn, rate in enumerate([0.5, 0.5, 0.2, 0.99, 0.5]):
+        gradient = torch.randn(total, generator=draw)
+        if rank == 1 and turn in (1, 2):
+            gradient[:1600] = 0  # other ranks use this one
+        exchange.rate, exchange.turn = rate, turn
+        exchange.clock.restart()
+        velocity = torch.cat([exchange.velocities.get(f"p{at}", torch.zeros(shape)).flatten() for at, shape in enumerate(shapes)])
+        used = torch.ones(total)
+        used[:1600] = float(gradient[:1600].any())
+        had = gradient + momentum * velocity * used + before
+        result = exchange.exchange(gradient.clone(), parameters, total).wait()
+        before = kept_back(exchange, parameters).clone()
+        sides = torch.stack([had, before + result])
+        dist.all_reduce(sides)
+        small = slice(1600, 1607)  # summed in float16
+        torch.testing.assert_close(*sides[:, small], rtol=1e-3, atol=2e-3)
+        sides[:, small] = 0
+        torch.testing.assert_close(*sides, rtol=1e-4, atol=1e-4)
+        others = [torch.empty_like(result) for _ in range(count)]
+        dist.all_gather(others, result)
+        assert all(torch.equal(result, other) for other in others)
+        if count > 2:
+            assert exchange.clock.bytes == pytest.approx(exchange.bytes_at(parameters)(rate), rel=0.4)  # of whole groups
+        busy, exposed = exchange.clock.times()
+        assert busy >= exposed > 0
+    exchange.flush = True
+    result = exchange.exchange(torch.full((total,), 1e-9), parameters, total).wait()  # of zeros alone, all would be unused
+    dist.all_reduce(before)
+    if not momentum:
+        torch.testing.assert_close(result, before / count, rtol=1e-3, atol=1e-2)
+    assert not exchange.residuals
+
+
+@pytest.mark.parametrize(("count", "value_bits", "momentum"), [(2, 4, 0.0), (3, 4, 0.0), (3, 16, 0.5), (4, 4, 0.0)])
+def test_nothing_is_lost_between_ranks(tmp_path, count, value_bits, momentum):
+    on_ranks(_phases, tmp_path, count, value_bits, momentum, count=count)
+
+
+def _not_finite(rank):
+    """What is not finite in the own share, which is not packed before it is summed, is seen by all, once."""
+    parameters = parameters_of([(40, 40)])
+    exchange = exchange_of(parameters)
+    exchange.rate = 0.2
+    for turn in range(3):
+        gradient = torch.randn(1600)
+        if turn == 0 and rank == 0:
+            gradient[:512] = float("nan")  # its own share
+        result = exchange.exchange(gradient, parameters, 1600).wait()
+        assert bool(result.isfinite().all()) == (turn > 0)
+
+
+def test_a_gradient_that_is_not_finite_is_seen_by_all_ranks(tmp_path):
+    on_ranks(_not_finite, tmp_path, count=3)
+
+
 def _pays(rank):
-    """Eight ranks would send more by an all-gather of a quarter than by an all-reduce of everything."""
+    """Nearly all entries, at 16 bits each, are as many bytes as an all-reduce of everything."""
     parameters = parameters_of([(40, 40)])
     exchange = exchange_of(parameters, value_bits=16)
-    exchange.rate, exchange.ranks = 0.75, 8
+    exchange.rate, exchange.ranks = 0.05, 8
     gradient = torch.randn(1600)
     exchange.exchange(gradient, parameters, 1600).wait()
     assert exchange.clock.bytes == 2 * 7 / 8 * 1600 * 2

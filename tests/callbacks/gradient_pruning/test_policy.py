@@ -37,7 +37,8 @@ def test_bytes_of_a_step():
     assert bytes_at(0) == 1100 * 4  # a ring of two sends everything once
     assert bytes_at(0.99) == pytest.approx(2 * 100 + 0.01 * 1000 * 4)
     assert BytesAt(0, 1000, 4, 2)(0) == 1.5 * 1000 * 2
-    assert BytesAt(0, 1000, 4, 2)(0.99) == pytest.approx(3 * 10 * 4)
+    assert BytesAt(0, 1000, 4, 2)(0.99) == pytest.approx(3 * 10 * 4)  # an all-gather
+    assert BytesAt(100, 1000, 4, 2, 4)(0.2) == pytest.approx(1.5 * (100 * 2 + 1000 * (0.5 + 2 / 256)))  # two phases
 
 
 def test_fixed_rate_and_its_ramp():
@@ -183,11 +184,17 @@ def test_adaptive_steps_back_when_the_loss_rises():
 
 
 def test_a_sparse_exchange_that_sends_more_than_a_dense_one_is_a_dense_one():
-    many = bytes_of(64)
-    assert many(0.5) == many(0)
-    assert many.delay(0.5) == 0
-    assert many(0.99) < many(0)  # one entry in a hundred still pays for 64 ranks
-    assert run(Adaptive(), [1e6] * 20, ranks=64)[-1] in (0.0, 0.96, 0.99)
+    wide = BytesAt(0, 1000, 64, 2, 16)
+    assert wide(0.05) == wide(0)
+    assert wide.delay(0.05) == 0
+    assert wide(0.75) < wide(0)
+
+
+def test_all_entries_at_4_bits_take_a_quarter_of_the_bytes_with_any_number_of_ranks():
+    for ranks in (2, 3, 8, 64, 1000):
+        assert bytes_of(ranks)(0.2) / bytes_of(ranks)(0) == pytest.approx(0.254, abs=0.001)
+        rates = [bytes_of(ranks)(rate) for rate in LADDER]
+        assert rates == sorted(rates, reverse=True)
 
 
 def test_state_goes_through_a_checkpoint():

@@ -77,12 +77,13 @@ def test_a_link_that_is_cut_for_ten_seconds_only_slows(tmp_path, text_file):
         assert [process.wait(200) for process in processes] == [0, 0], (tmp_path / "0.txt").read_text()[-2000:]
 
 
-def test_a_rank_that_dies_ends_all_with_one_message_and_the_run_goes_on(tmp_path, text_file):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_that_dies_ends_all_with_one_message_and_the_run_goes_on(tmp_path, text_file, ranks):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    with NetLab(2, "100mbit") as lab:
-        assert [process.wait(200) for process in start(lab, tmp_path / "whole", text_file)] == [0, 0]
-    with NetLab(2, "2mbit") as lab:
+    with NetLab(ranks, "100mbit") as lab:
+        assert [process.wait(200) for process in start(lab, tmp_path / "whole", text_file)] == [0] * ranks
+    with NetLab(ranks, "2mbit") as lab:
         processes = start(lab, tmp_path / "parts", text_file)
         wait_for_step(tmp_path / "parts", 20)
         processes[1].send_signal(signal.SIGKILL)
@@ -91,9 +92,11 @@ def test_a_rank_that_dies_ends_all_with_one_message_and_the_run_goes_on(tmp_path
         assert said.count("The exchange of gradients failed after step") == 1
         assert "--ckpt_path last" in said
         assert "Traceback" not in said
-    with NetLab(2, "100mbit") as lab:
+    with NetLab(ranks, "100mbit") as lab:
         again = start(lab, tmp_path / "parts", text_file, "--ckpt_path=last")
-        assert [process.wait(200) for process in again] == [0, 0], (tmp_path / "parts" / "0.txt").read_text()[-2000:]
+        assert [process.wait(200) for process in again] == [0] * ranks, (tmp_path / "parts" / "0.txt").read_text()[-2000:]
     one, two = (weights(wait_for_step(tmp_path / name, 40)) for name in ("whole", "parts"))
     for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), name
+        assert torch.isfinite(two[name]).all(), name
+        if ranks == 2:  # sums of three depend on their order, and that on the buckets, which DDP arranges anew
+            assert torch.equal(tensor, two[name]), name

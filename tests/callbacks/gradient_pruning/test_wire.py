@@ -4,7 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.callbacks.gradient_pruning import wire
-from fulgurite.callbacks.gradient_pruning.wire import BLOCK, Layout, pack, select, sparse_pays, unpack
+from fulgurite.callbacks.gradient_pruning.wire import (
+    BLOCK,
+    Layout,
+    in_two_phases,
+    link_bytes,
+    pack,
+    select,
+    sparse_pays,
+    unpack,
+)
 
 sizes = st.one_of(st.integers(1, 400), st.integers(BLOCK - 2, BLOCK + 2), st.just(3 * BLOCK + 17))
 shares = st.sampled_from([1e-5, 0.004, 0.01, 0.0625, 0.1, 0.25, 0.5, 0.99])
@@ -79,14 +88,24 @@ def test_the_smaller_form_is_chosen():
     assert Layout(BLOCK, 0.25).bytes == BLOCK // 8 + 2 * BLOCK // 4
 
 
-def test_a_sparse_exchange_stops_paying_with_more_ranks():
-    # 4 bytes an entry, all-reduce in 2 bytes: pays below 1 / P
+def test_the_exchange_of_fewer_bytes_is_taken():
+    assert not in_two_phases(1.0, 2, 4)
+    assert in_two_phases(1.0, 3, 4)
+    assert not in_two_phases(0.01, 4, 4)  # what four ranks select is more to send again than to send round
+    assert in_two_phases(0.01, 32, 4)
+    gathered, phases = link_bytes(0.25, 4)  # 16 bits a value, and one of eight for its place; the sum has all
+    assert gathered == pytest.approx(3 * (0.125 + 0.25 * 2))
+    assert phases == pytest.approx(0.75 * (0.125 + 0.25 * 2 + 2))
+
+
+def test_a_sparse_exchange_pays_where_its_bytes_are_fewer():
     assert sparse_pays(0.01, 8)
-    assert sparse_pays(0.05, 16)
-    assert not sparse_pays(0.05, 32)
-    assert sparse_pays(0.05, 32, dense_bytes=4)
+    assert sparse_pays(0.05, 32)
     assert sparse_pays(0.9, 2)
     assert not sparse_pays(0.95, 2)
+    assert not sparse_pays(0.95, 32)
+    assert sparse_pays(0.95, 32, dense_bytes=4)
+    assert sparse_pays(0.95, 1)  # nothing is sent
 
 
 @pytest.mark.parametrize("count", [1, 655, 6553, 65535, 65536])

@@ -1,0 +1,47 @@
+"""A thread that posts collectives which answer others."""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from torch.futures import Future
+
+
+class InOrder:
+    """Runs jobs in the order in which they were given, on a thread that ends with the process.
+
+    Collectives of one process group have to be posted in the same order on all ranks. Callbacks of gloo's futures run in the
+    order in which messages arrive, so what answers a message cannot be posted there.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], Future], Future]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def do(self, job: Callable[[], Future]) -> Future[Any]:
+        """Return a future of what the future that a job returns will hold; of what it raises, too."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self._jobs,), daemon=True, name="gradient-exchange")
+            self._thread.start()
+        result: Future[Any] = Future()
+        self._jobs.put((job, result))
+        return result
+
+
+def _work(jobs: "SimpleQueue[tuple[Callable[[], Future], Future]]") -> None:
+    while True:
+        job, result = jobs.get()
+        try:
+            job().then(partial(_hand_on, result))
+        except Exception as error:
+            result.set_exception(error)
+        del job, result  # or they would be held until the next ones come
+
+
+def _hand_on(result: Future, done: Future) -> None:
+    try:
+        result.set_result(done.value())
+    except Exception as error:
+        result.set_exception(error)
