@@ -72,7 +72,7 @@ class GradientExchange:
         self._unused: set[str] = set()  # of the bucket at hand
         self._workspaces: dict[tuple[str, ...], Tensor] = {}
         self.at_work: list[Any] = []  # on a GPU, until it is waited for
-        self._answers, self._second = InOrder(), None
+        self._in_order, self._answer_group = InOrder(), None  # of the second phase
 
     def is_small(self, parameter: Tensor) -> bool:
         """Whether a parameter [any] is always sent whole."""
@@ -271,7 +271,7 @@ class GradientExchange:
             return buffer
 
         if not buffer.is_cuda:
-            return self._answers.do(answer)
+            return self._in_order.do(answer)
         self.at_work.append((received, message, mean, answers))
         return works[0].get_future().then(lambda _: answer().wait())  # NCCL's come in order, and wait on the device alone
 
@@ -279,9 +279,11 @@ class GradientExchange:
         """Return the process group of the second phase; on a CPU, one whose order another thread may keep."""
         if device.type == "cuda":
             return self.group
-        if self._second is None:
-            self._second = dist.new_group(dist.get_process_group_ranks(self.group), backend="gloo", timeout=_timeout(self.group))
-        return self._second
+        if self._answer_group is None:
+            self._answer_group = dist.new_group(
+                dist.get_process_group_ranks(self.group), backend="gloo", timeout=_timeout(self.group)
+            )
+        return self._answer_group
 
     def _vector(self, large: list[tuple[str, Tensor]]) -> Tensor:
         """Return the large parameters' gradients one after another, and zeros up to equal shares."""
