@@ -1,6 +1,5 @@
 """Fusion compression: operators are learnt in stages, then the small model that they made is trained freely."""
 
-import importlib.util
 import itertools
 import json
 import logging
@@ -33,7 +32,7 @@ from .reading import readable, text_loss
 from .shape import FusionShape
 from .starts import FusionStart, LearnedFusion, Stage
 from .statistics import Rows, rows_of
-from .summary import draw_operators, summarise
+from .summary import can_draw, draw_operators, summarise, summary_of_kept
 
 log = logging.getLogger(__name__)
 
@@ -178,10 +177,8 @@ class FusionCompression(SoftLabelDistillation):
         if not self.in_last_stage:
             return self._begin(large)
         self._large.clear()
-        layers = len(decoder_layers(large))
         small, kept = self.start.build(large, self.shape, self._rows(large.device))
-        if kept is not None and len(kept) < layers:
-            self.learnt = {"depth": [[float(layer == own) for layer in range(layers)] for own in kept]}
+        self.learnt = summary_of_kept(kept, load_config(self.source.name))
         return small
 
     def _load_large(self) -> PreTrainedModel:
@@ -224,7 +221,7 @@ class FusionCompression(SoftLabelDistillation):
     def _keep_layers(self, model: PreTrainedModel) -> None:
         """Give what stays (first layers, embedding, last norm, head) the source's own numbers to the bit, and freeze it."""
         source = load_model(self.source.name, self.weights)  # the large model's gains may have been folded
-        for own, original in zip(shared_parts(model, self.shape.kept_layers), shared_parts(source, self.shape.kept_layers)):
+        for own, original in zip(*(shared_parts(each, self.shape.kept_layers) for each in (model, source))):
             own.load_state_dict(original.state_dict())
             own.requires_grad_(False)
 
@@ -312,7 +309,7 @@ class FusionCompression(SoftLabelDistillation):
             self.begin_next_stage()
         assert self.model is not None
         self._measure({"small model": self.model})
-        if self.learnt and isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero and _can_draw():
+        if self.learnt and isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero and can_draw():
             self.logger.experiment.add_figure("operators", draw_operators(self.learnt))
 
     def write_extras(self, folder: Path) -> None:
@@ -321,7 +318,7 @@ class FusionCompression(SoftLabelDistillation):
         if not self.learnt:
             return
         (folder / "fusion.json").write_text(json.dumps(self.learnt) + "\n", "utf-8")
-        if _can_draw():
+        if can_draw():
             draw_operators(self.learnt).savefig(folder / "fusion.png", dpi=150)
 
     def card_figures(self) -> dict[str, float]:
@@ -398,7 +395,3 @@ class FusionCompression(SoftLabelDistillation):
         self._adopt(self.start.again(name, model, self.shape, self.centres))
         if self._trainer is not None:
             super().on_load_checkpoint(checkpoint)
-
-
-def _can_draw() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None

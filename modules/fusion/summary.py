@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,19 @@ def summarise(fused: PreTrainedModel, centres: list[int], layers: int) -> dict[s
     return found
 
 
+def summary_of_kept(kept: list[int] | None, config: Any) -> dict[str, Any]:
+    """Return what ``summarise`` would of a model that has some of a large one's layers.
+
+    Args:
+        kept: Their indices; None where its layers are no single ones of those.
+        config: Of the large model.
+    """
+    layers = int(config.get_text_config().num_hidden_layers)
+    if kept is None or len(kept) == layers:
+        return {}
+    return {"depth": [[float(layer == own) for layer in range(layers)] for own in kept]}
+
+
 def _singular_values(operator: Any) -> Tensor:
     if isinstance(operator, HeadRotations):  # a complex matrix for each pair of dimensions
         return (
@@ -56,6 +70,11 @@ def _singular_values(operator: Any) -> Tensor:
         )
     matrix = matrix_of(operator)
     return torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0).sqrt().flip(0).cpu()
+
+
+def can_draw() -> bool:
+    """Return whether what draws pictures is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_operators(summary: dict[str, Any]) -> Figure:
