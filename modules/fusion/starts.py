@@ -20,7 +20,7 @@ from .statistics import Rows, second_moments
 
 log = logging.getLogger(__name__)
 Stage = Literal["width", "depth", "joint"]
-Built = tuple[PreTrainedModel, list[int] | None]  # None: of no single ones
+Built = tuple[PreTrainedModel, list[int] | None]
 
 
 @dataclass
@@ -72,7 +72,9 @@ class FusionStart(ABC):
 
     @abstractmethod
     def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
-        """Return the small model of a start without stages, and which of the large one's layers its layers come from.
+        """Return the small model of a start without stages, and for each of its layers the large one's that it comes from.
+
+        In place of the latter None, where layers come from several or from none.
 
         Args:
             large: The large model; it is used up.
