@@ -8,6 +8,7 @@ from ...datamodules import TextDataModule
 from ...modules.linear_loss import linear_loss
 from ...modules.offsite import ModelPart, Prefix, PrefixSettings, behind_prefix, plugged_in, without_virtual
 from ...modules.offsite.split import with_noise
+from ...modules.precision import compute_device
 from ...modules.pretrained import head_weight, load_model
 
 _LENGTH = 16  # of the prefixes
@@ -64,7 +65,7 @@ def inversion(
         passes: Over the public text.
     """
     torch.manual_seed(seed)
-    model = load_model(source, "float32").requires_grad_(False)
+    model = load_model(source, "float32").requires_grad_(False).to(compute_device())
     weight = nn.functional.normalize(head_weight(model), dim=1)  # what a token's embedding points at is what tells it
     prefixes = [Prefix.random(model, PrefixSettings(length=_LENGTH), seed=1000 * seed + number) for number in range(2)]
     part = ModelPart(model, 0, cut)
@@ -73,7 +74,7 @@ def inversion(
         ids = _blocks(text, tokens, source)
         found.append((ids, _sent(part, prefix.within(0, cut), ids, noise)))
     (ids, states), (hidden, seen) = found
-    inverter = Inverter(states.shape[-1])
+    inverter = Inverter(states.shape[-1]).to(model.device)
     rate, batch = 1e-3, 2
     optimizer = torch.optim.AdamW(inverter.parameters(), lr=rate)
     orders = [torch.randperm(len(ids)).split(batch) for _ in range(passes)]
@@ -120,13 +121,13 @@ def labels(*, seed: int, source: str, private: str, private_tokens: int) -> dict
         private: Text whose blocks' last tokens are the labels; see ``TextDataModule``.
         private_tokens: Of it.
     """
-    model = load_model(source, "float32").requires_grad_(False)
+    model = load_model(source, "float32").requires_grad_(False).to(compute_device())
     weight = head_weight(model)
     ids = _blocks(private, private_tokens, source)
     whole = ModelPart(model, 0, int(model.config.num_hidden_layers))
     right = []
     for rows in track(ids.split(8), description="Reading gradients"):
-        positions = torch.arange(rows.shape[1] - 1).expand(len(rows), -1)
+        positions = torch.arange(rows.shape[1] - 1, device=rows.device).expand(len(rows), -1)
         with torch.no_grad():
             states = whole(rows[:, :-1], position_ids=positions)[:, -1]
         given = states.requires_grad_()
@@ -144,7 +145,7 @@ def _blocks(text: str, tokens: int, source: str) -> Tensor:
     data = TextDataModule(text, tokenizer=source, block_size=_BLOCK, batch_size=1, train_tokens=tokens, val_fraction=0, seed=0)
     data.prepare_data()
     data.setup()
-    return data.calibration_batch(tokens)["input_ids"]
+    return data.calibration_batch(tokens)["input_ids"].to(compute_device())
 
 
 @torch.no_grad()
@@ -154,6 +155,6 @@ def _sent(part: ModelPart, prefix: Prefix, ids: Tensor, noise: float) -> Tensor:
     with plugged_in(part.body, prefix):
         for rows in track(ids.split(8), description="Reading"):
             behind = behind_prefix({"input_ids": rows}, _LENGTH)["input_ids"]
-            positions = torch.arange(behind.shape[1]).expand(len(behind), -1)
+            positions = torch.arange(behind.shape[1], device=behind.device).expand(len(behind), -1)
             found.append(with_noise(without_virtual(part(behind, position_ids=positions), _LENGTH), noise))
     return torch.cat(found)
