@@ -4,7 +4,8 @@ Every rank sends the entries that it selects; what is not sent stays in a residu
 feedback; Seide et al. 2014, Deep Gradient Compression, arXiv 1712.01887). Messages have the same length on all ranks, and travel
 during the backward pass. Two ranks, or few entries, take an all-gather, and sum in the order of the ranks. Else there are two
 phases: each rank gets one share of the vector from all others, sums it, and sends the sum, packed again; what that packing leaves
-out stays in this rank's residual as well (DoubleSqueeze, arXiv 1905.05957). Either way replicas stay bitwise equal.
+out stays in this rank's residual as well (DoubleSqueeze, arXiv 1905.05957). Either way replicas stay bitwise equal. Tensors of a
+GPU sent by gloo, whose callbacks must not wait for another message, take the all-gather always.
 """
 
 import time
@@ -121,7 +122,7 @@ class GradientExchange:
         keep = 1 - self.rate
         if self.rate == 0 or self.flush or not large or not sparse_pays(keep, self.ranks, self.dense_bytes, self.value_bits):
             result = self._send_all(buffer, parameters)
-        elif in_two_phases(keep, self.ranks, self.value_bits):
+        elif in_two_phases(keep, self.ranks, self.value_bits) and not (buffer.is_cuda and dist.get_backend(self.group) == "gloo"):
             result = self._send_shares(buffer, large, small, keep)
         else:
             result = self._send_selection(buffer, large, small, keep)
