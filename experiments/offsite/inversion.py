@@ -65,7 +65,7 @@ def inversion(
         passes: Over the public text.
     """
     torch.manual_seed(seed)
-    model = load_model(source, "float32").requires_grad_(False).to(compute_device())
+    model = load_model(source, "float32").requires_grad_(False).to(compute_device())  # type: ignore[arg-type]
     weight = nn.functional.normalize(head_weight(model), dim=1)  # what a token's embedding points at is what tells it
     prefixes = [Prefix.random(model, PrefixSettings(length=_LENGTH), seed=1000 * seed + number) for number in range(2)]
     part = ModelPart(model, 0, cut)
@@ -121,7 +121,7 @@ def labels(*, seed: int, source: str, private: str, private_tokens: int) -> dict
         private: Text whose blocks' last tokens are the labels; see ``TextDataModule``.
         private_tokens: Of it.
     """
-    model = load_model(source, "float32").requires_grad_(False).to(compute_device())
+    model = load_model(source, "float32").requires_grad_(False).to(compute_device())  # type: ignore[arg-type]
     weight = head_weight(model)
     ids = _blocks(private, private_tokens, source)
     whole = ModelPart(model, 0, int(model.config.num_hidden_layers))
