@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed import ReduceOp, all_reduce, get_world_size, is_available, is_initialized
-from torchjd.aggregation import Aggregator
+from torchjd.aggregation import Aggregator, GramianWeightedAggregator
 from torchjd.autojac import jac_to_grad
 
 from .combination import Agreement, common_seed, gramian_cosines
@@ -75,7 +75,10 @@ class Jacobian:
             gramian = torch.stack([(flat := one.flatten(1).float()) @ flat.T for one in rows]).sum(dim=0)
         device = rows[0].device
         with common_seed(seed, device), torch.autocast(device.type, enabled=False):
-            weights = jac_to_grad(shared, self.aggregator)
+            if isinstance(self.aggregator, GramianWeightedAggregator):  # the rows need not be copied into one matrix
+                weights = jac_to_grad(shared, self.aggregator, optimize_gramian_computation=True)
+            else:
+                weights = jac_to_grad(shared, self.aggregator)
         return None if gramian is None else Agreement(gramian_cosines(gramian), weights)
 
 
