@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..errors import InputError
+from .threads import threads_each
 
 _PREFIX = "fg"  # of all namespaces; the process that made one stands behind it
 _RATE = re.compile(r"^\d+(\.\d+)?(k|m|g)bit$")
@@ -149,9 +150,10 @@ class NetLab:
         return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
 
     def environment(self, rank: int, port: int = 29511) -> dict[str, str]:
-        """Return the variables with which ``Trainer(num_nodes=ranks, devices=1)`` and torch find each other."""
+        """Return the variables by which ranks of ``Trainer(num_nodes=ranks, devices=1)`` find each other and share the cores."""
         return {
             **os.environ,
+            **threads_each(self.ranks),
             "MASTER_ADDR": "10.77.0.1",
             "MASTER_PORT": str(port),
             "NODE_RANK": str(rank),

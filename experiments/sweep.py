@@ -19,6 +19,7 @@ from .cli import parse, quiet
 from .configs import resolve_config
 from .parsing import Parser
 from .study import Choice, Range, Study, console, optuna, setting_word
+from .threads import threads_each
 
 
 def sweep(
@@ -94,8 +95,7 @@ def _helper(settings: Path, trials: int, storage: str | None, seed: int, workers
     words = ["sweep", "--config", str(settings), f"--folder={settings.parent.parent}", f"--trials={trials}", f"--seed={seed}"]
     words += [f"--storage={storage}"] if storage else []
     code = "import sys; from fulgurite.experiments.main import main; main(sys.argv[1:])"
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
-    return subprocess.Popen([sys.executable, "-c", code, *words], env=threads)
+    return subprocess.Popen([sys.executable, "-c", code, *words], env={**threads_each(workers), **os.environ})
 
 
 def _check_space(words: list[str], space: dict[str, Range | list[Choice]]) -> None:

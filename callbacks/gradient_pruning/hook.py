@@ -9,7 +9,6 @@ GPU sent by gloo, whose callbacks must not wait for another message, take the al
 """
 
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from torch.futures import Future
 
 from ...files import write_atomic
 from .clock import Clock, Mark
-from .in_order import InOrder
+from .in_order import InOrder, group_beside
 from .policy import BytesAt
 from .wire import GROUP, Layout, Places, ValueBits, in_two_phases, pack, select, sparse_pays, sum_share, unpack
 
@@ -281,9 +280,7 @@ class GradientExchange:
         if device.type == "cuda":
             return self.group
         if self._answer_group is None:
-            self._answer_group = dist.new_group(
-                dist.get_process_group_ranks(self.group), backend="gloo", timeout=_timeout(self.group)
-            )
+            self._answer_group = group_beside(self.group)
         return self._answer_group
 
     def _vector(self, large: list[tuple[str, Tensor]]) -> Tensor:
@@ -385,12 +382,6 @@ def _distribute(parts: list[tuple[str, Tensor]], vector: Tensor) -> None:
     for _, part in parts:
         part.copy_(vector[begin : begin + part.numel()])
         begin += part.numel()
-
-
-def _timeout(group: Any) -> timedelta:
-    """Return how long a message of a group may take."""
-    whole: Any = group or dist.group.WORLD
-    return whole._get_backend(torch.device("cpu")).options._timeout
 
 
 def _done(buffer: Tensor) -> Future[Tensor]:

@@ -1,12 +1,19 @@
-"""A thread that posts collectives which answer others."""
+"""A thread that posts collectives which answer others, and the process group on which it does."""
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.futures import Future
+
+# What ends a group joins the group's threads. On one of these, where a callback may hold the last reference, that would end the
+# process; so groups end with it.
+_groups: list[Any] = []
 
 
 class InOrder:
@@ -45,3 +52,15 @@ def _hand_on(result: Future, done: Future) -> None:
         result.set_result(done.value())
     except Exception as error:
         result.set_exception(error)
+
+
+def group_beside(group: Any) -> Any:
+    """Return a new gloo group of the ranks of another, with its time limit; all of them have to call this.
+
+    Args:
+        group: The other; None is the default one.
+    """
+    whole = group or dist.group.WORLD
+    limit: timedelta = whole._get_backend(torch.device("cpu")).options._timeout  # how long a message may take
+    _groups.append(dist.new_group(dist.get_process_group_ranks(group), backend="gloo", timeout=limit))
+    return _groups[-1]

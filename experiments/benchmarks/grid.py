@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ...errors import InputError
 from ...files import write_json
+from ..threads import threads_each
 from .fingerprints import code_version
 from .plan import Benchmark, Job, fill, in_order
 from .results import load_results
@@ -208,7 +209,7 @@ class Grid:
         # The log is no terminal, but its last line is shown: progress bars are to be drawn into it, a line each.
         environment = {**os.environ, "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": "200"}
         if workers > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+            environment = {**threads_each(workers), **environment}
         devices = _gpus()
         if devices:  # one each, or the Trainer would take all and count the tokens of one
             environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]

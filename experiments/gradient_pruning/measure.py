@@ -1,7 +1,6 @@
 """Training over shaped links: what ``benchmark gradient_pruning`` measures."""
 
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -148,7 +147,6 @@ def train_over_link(
 def _run_ranks(script: Path, link: str | None, ranks: int, folder: Path) -> int:
     rate, act, every = LINKS[link] if link else ("10gbit", None, 0)
     with NetLab(ranks, rate) as lab:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share this machine's cores
         processes = [
             lab.start(rank, [sys.executable, str(script)], folder=folder, log=folder / f"{rank}.txt") for rank in range(ranks)
         ]

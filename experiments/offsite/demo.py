@@ -21,6 +21,7 @@ from ...modules.offsite import EmulatorManifest, Prefix
 from ...modules.offsite.averaging import average_prefixes
 from ...modules.offsite.certificates import make_certificates
 from ...modules.pretrained import resolve_source
+from ..threads import threads_each
 
 PARTIES = ("north", "south")
 log = logging.getLogger("fulgurite")
@@ -169,7 +170,7 @@ def _command(words: list[str]) -> list[str]:
 
 def _one_thread() -> dict[str, str]:
     """Return an environment in which processes at work at the same time do not fight for cores."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(PARTIES))), **os.environ}
+    return {**threads_each(len(PARTIES)), **os.environ}
 
 
 def _tell(who: str, words: list[str]) -> None:

@@ -23,6 +23,7 @@ from ...modules.precision import Dtype
 from ...modules.pretrained import load_model
 from ...modules.student import decoder_layers
 from ..netlab import NetLab, needs_links
+from ..threads import threads_each
 
 _OWNER = "10.77.0.1"
 
@@ -55,7 +56,6 @@ def through(
         written: Tokens of the text.
         rate: Of the party's and the owner's link, such as ``20mbit``; None is the loopback device.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))  # two processes share this machine's cores
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder)
         make_certificates(root, hosts=["localhost", _OWNER], parties=["one"])
@@ -74,11 +74,12 @@ def through(
         write_json(root / "settings.json", settings)
         party = [sys.executable, "-m", "fulgurite.experiments.offsite.network", str(root)]
         if rate is None:
-            owner: Any = subprocess.Popen([*main, "--address=localhost:0"], stdout=subprocess.DEVNULL)
+            shared = {**os.environ, **threads_each(2)}
+            owner: Any = subprocess.Popen([*main, "--address=localhost:0"], stdout=subprocess.DEVNULL, env=shared)
             stack.callback(owner.wait)
             stack.callback(owner.kill)
             _wait(root / "address.json", owner)
-            subprocess.run(party, check=True)
+            subprocess.run(party, check=True, env=shared)
         else:
             lab = stack.enter_context(NetLab(2, rate))
             owner = lab.start(0, [*main, f"--address={_OWNER}:7421"], log=root / "owner.log")

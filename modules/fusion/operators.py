@@ -102,8 +102,9 @@ class BlockLocal(nn.Module):
         self.small, self.large = matrix.shape
         if blocks < 1 or self.small % blocks or self.large % blocks:
             raise InputError(f"{blocks} blocks do not divide a width of {self.large} fused to {self.small}.")
-        self.register_buffer("small_order", small_order.long())
-        self.register_buffer("large_order", large_order.long())
+        small_order, large_order = (order.to(matrix.device, torch.long) for order in (small_order, large_order))
+        self.register_buffer("small_order", small_order)
+        self.register_buffer("large_order", large_order)
         ordered = matrix[small_order][:, large_order].view(blocks, self.small // blocks, blocks, self.large // blocks)
         self.weight = nn.Parameter(ordered[torch.arange(blocks), :, torch.arange(blocks)].clone())
 

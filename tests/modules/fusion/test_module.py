@@ -116,7 +116,7 @@ def test_a_checkpoint_of_the_depth_stage_holds_the_refitted_weights(here, tmp_pa
     """Also where there was no stage before, so that they are not the source's any more."""
     words = [*here, '--model.shape={"num_hidden_layers": 2, "intermediate_size": 64}', callbacks(9, every=1)]
     cli = run([*words, "--trainer.max_steps=3", "--run=deep", *rates(0.0)])
-    found = FusionCompression.load_from_checkpoint(tmp_path / "runs/fusion/deep/checkpoints/last.ckpt").eval()
+    found = FusionCompression.load_from_checkpoint(tmp_path / "runs/fusion/deep/checkpoints/last.ckpt", map_location="cpu").eval()
     assert found.stages == ["depth"]
     ids = torch.randint(3, 200, (2, 20))
     with torch.no_grad():

@@ -178,6 +178,7 @@ def test_a_model_whose_attention_cannot_be_hooked_is_refused(tmp_path):
         module.configure_model()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fork has no CUDA")
 def test_two_processes_share_the_work_and_make_the_same_plan(tmp_path, long_documents, monkeypatch):
     def exported(name, **settings):
         monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / name / "cache"))
