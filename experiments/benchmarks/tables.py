@@ -93,7 +93,7 @@ def make_table(plan: Benchmark, results: list[dict[str, Any]], *, mixed: bool = 
     columns = plan.spec["report"]["columns"]
     rows = []
     for variant, entry in plan.spec["variants"].items():
-        own = [{**result["cost"], **result["metrics"]["final"]} for result in known if result["run"]["variant"] == variant]
+        own = [_figures(result) for result in known if result["run"]["variant"] == variant]
         if own:
             cells = {key: _cell([values[key] for values in own if values.get(key) is not None]) for key in columns}
             rows.append(Row(variant, entry["title"], entry.get("group", ""), len(own), cells, entry.get("compared", True)))
@@ -164,19 +164,26 @@ def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> li
     other = [name for name, commands in names.items() if commands and commands != words.get(name)]
     if other:
         found.append(f"results of other settings than the benchmark now has ({', '.join(other)})")
-    machines = {(json.dumps(e["gpus"]) if e["gpus"] else f"{e['cpu']}, {e['threads']} threads") for e in environments}
-    if len(machines) > 1:
-        timed = [key for key, column in plan.spec["report"]["columns"].items() if column.get("timing")]
-        if timed:
-            found.append(f"timings ({', '.join(timed)}) of several machines ({'; '.join(sorted(machines))})")
+    machines = [json.dumps(e["gpus"]) if e["gpus"] else f"{e['cpu']}, {e['threads']} threads" for e in environments]
+    timed: dict[str, set[str]] = {}  # machines by column
+    for key, column in plan.spec["report"]["columns"].items():
+        own = {machine for machine, result in zip(machines, results) if _figures(result).get(key) is not None}
+        if column.get("timing") and len(own) > 1:
+            timed[key] = own
+    if timed:
+        found.append(f"timings ({', '.join(timed)}) of several machines ({'; '.join(sorted(set().union(*timed.values())))})")
     if found and not mixed:
         raise InputError(
             f"report {plan.name!r} would mix {' and '.join(found)}. Run the benchmark again, or allow it with --mixed true."
         )
     said = [f"Mixed here: {' and '.join(found)}."] if found else []
-    if len(machines) > 1 and not any("machines" in part for part in found):
-        said.append(f"Measured on several machines: {'; '.join(sorted(machines))}.")
+    if len(set(machines)) > 1 and not any("machines" in part for part in found):
+        said.append(f"Measured on several machines: {'; '.join(sorted(set(machines)))}.")
     return said
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result["cost"], **result["metrics"]["final"]}
 
 
 def _cell(values: list[float]) -> Cell:
@@ -270,7 +277,7 @@ def _add_paired(table: Table, plan: Benchmark, results: list[dict[str, Any]]) ->
             continue
         values: dict[str, dict[int, float]] = {}
         for result in results:
-            found = {**result["cost"], **result["metrics"]["final"]}.get(key)
+            found = _figures(result).get(key)
             if found is not None:
                 values.setdefault(result["run"]["variant"], {})[result["run"]["seed"]] = found
         base = values.get(report["baseline"], {})

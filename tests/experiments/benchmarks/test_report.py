@@ -129,6 +129,12 @@ def test_machines_may_differ_where_nothing_is_timed(bench):
     assert "Measured on several machines: x, 2 threads; y, 2 threads." in text
 
 
+def test_machines_may_differ_where_one_alone_is_timed(bench):
+    plan, other = bench(), result("fast", 0, 2.0, cpu="y")
+    del other["cost"]["tokens_per_second"]
+    assert "Measured on several machines: x, 2 threads; y, 2 threads." in markdown(make_table(plan, [*TWO[:2], other]))
+
+
 def test_results_of_other_settings_are_refused(bench):
     plan = bench()
     cells = {cell.name: [step.words() for step in cell.steps] for cell in plan.cells()}
