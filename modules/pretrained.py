@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import InputError, nearest
 from ..files import atomic_folder, cache_folder
@@ -39,6 +40,9 @@ from .tiny import tiny_model, tiny_tokenizer
 log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What models and their layers call the cache of keys and values that they are given; transformers renamed it in 5.24."""
 
 
 class SourceError(InputError):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ...modules import OffsitePrefixTuning
 from ...modules.language_model import Batch
+from ...modules.pretrained import CACHE
 
 
 class PeftTuning(OffsitePrefixTuning):
@@ -61,6 +62,4 @@ class PeftTuning(OffsitePrefixTuning):
         ids = batch["input_ids"]
         past = self._peft[0].get_prompt(batch_size=len(ids))
         positions = torch.arange(self.virtual, self.virtual + ids.shape[1], device=ids.device).expand(len(ids), -1)
-        return self.model.base_model(
-            input_ids=ids, position_ids=positions, past_key_values=past, use_cache=True
-        ).last_hidden_state
+        return self.model.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: past}).last_hidden_state

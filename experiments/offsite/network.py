@@ -20,7 +20,7 @@ from ...modules.offsite import OwnerAccess, Prefix, PrefixSettings, behind_prefi
 from ...modules.offsite.certificates import make_certificates
 from ...modules.offsite.remote import OwnersLayers, split_model
 from ...modules.precision import Dtype
-from ...modules.pretrained import load_model
+from ...modules.pretrained import CACHE, load_model
 from ...modules.student import decoder_layers
 from ..netlab import NetLab, needs_links
 from ..threads import threads_each
@@ -132,7 +132,7 @@ def _party(root: Path) -> dict[str, float]:
             seconds, positions = [0.0, 0.0], torch.arange(at, at + ids[0].shape[1])[None]
             for one in (0, 1) if number % 2 else (1, 0):
                 begin = time.perf_counter()
-                settings = {"position_ids": positions, "past_key_values": caches[one], "use_cache": True}
+                settings = {"position_ids": positions, CACHE: caches[one], "use_cache": True}
                 ids[one] = models[one](ids[one], logits_to_keep=1, **settings).logits[:, -1].argmax(-1)[None]
                 seconds[one] = time.perf_counter() - begin
             at += positions.shape[1]

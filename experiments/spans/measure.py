@@ -18,7 +18,7 @@ from ...datamodules.self_generated.prompts import PromptForm, retrieval
 from ...datamodules.self_generated.texts import Filler, pieces
 from ...errors import InputError
 from ...modules.precision import Dtype, compute_device
-from ...modules.pretrained import head_weight, load_model, load_tokenizer
+from ...modules.pretrained import CACHE, head_weight, load_model, load_tokenizer
 from ...modules.span_attention.rules import SpanPlan, SpanRule, full_layers
 from ...modules.spans import Budget, CandidateRules, Influence, SpanCache, SpanProfiler, apply_plan, plan_of, remove_plan
 from ...modules.spans.ablation import ablate, compare_with_ablation
@@ -318,13 +318,13 @@ def read_and_write(model: PreTrainedModel, ids: Tensor, tokens: int, cache: Any)
     Returns:
         ``prefill_seconds``; ``tokens_per_second`` of writing, by the median token; ``cache_bytes`` in the end.
     """
-    begin = _now()
-    logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    begin, caching = _now(), {CACHE: cache, "use_cache": True}
+    logits = model(input_ids=ids.to(model.device), logits_to_keep=1, **caching).logits
     read = _now()
     times = []
     for _ in range(tokens):
         start = _now()
-        logits = model(input_ids=logits[:, -1:].argmax(dim=-1), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=logits[:, -1:].argmax(dim=-1), **caching).logits
         times.append(_now() - start)
     if isinstance(cache, SpanCache):
         held = cache.nbytes()

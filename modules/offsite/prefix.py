@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...files import atomic_folder, write_json
+from ..pretrained import CACHE
 from ..student import decoder_layers
 
 Kind = Literal["prompts", "key_values"]
@@ -368,7 +369,7 @@ def _projections(layer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
 
 def _begins(layer: int, kwargs: dict[str, Any]) -> bool:
     """Return whether a layer reads the first tokens of a text, not ones behind a cache."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     return cache is None or cache.get_seq_length(layer) == 0
 
 

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from transformers import Cache, PreTrainedModel
 
 from ...errors import InputError
+from ..pretrained import CACHE
 from ..student import decoder_layers
 from .owner import HeadRequest, OwnerLayers, UnknownStep, brings_its_virtual_states
 from .prefix import Prefix
@@ -238,18 +239,19 @@ class OwnersLayers(nn.Module):
         self._text = 0
         self._sent: list[Tensor] = []  # states of the text that is being written
 
-    def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **ignored: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
         """Return the states behind the owner's layers [batch, positions, hidden size]; zeros at virtual positions.
 
         Where the owner's head is asked, its answer is left in ``answer`` or ``last``.
 
         Args:
             hidden_states: Behind the party's layers [batch, positions, hidden size].
-            past_key_values: The party's own cache: a text is being written, and only its last state comes back.
-            ignored: What a layer of the model gets besides.
+            given: What a layer of the model gets besides; with the party's own cache, a text is being written, and only its last
+                state comes back.
         """
-        if past_key_values is not None:
-            return self._written(hidden_states, past_key_values.get_seq_length() - hidden_states.shape[1])
+        cache: Cache | None = given.get(CACHE)
+        if cache is not None:
+            return self._written(hidden_states, cache.get_seq_length() - hidden_states.shape[1])
         found = self.steps.forward(self._travelling(hidden_states), self.request)
         if self.request is not None:
             self.answer = found

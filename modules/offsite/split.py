@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ...errors import InputError
-from ..pretrained import head_weight
+from ..pretrained import CACHE, head_weight
 from ..student import decoder_layers
 
 
@@ -87,8 +87,8 @@ class ModelPart(nn.Module):
             **inputs,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         ).last_hidden_state
 
     def logits(self, states: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...errors import InputError
+from ..pretrained import CACHE
 from .cache import SpanLayer
 from .flex import attend_flex
 from .rules import SpanRule, full_layers
@@ -57,8 +58,8 @@ def span_mask(
     """
     if int(q_offset) + q_length != kv_offset + kv_length:
         raise InputError(
-            f"past_key_values: a cache of {kv_length} places for {int(q_offset) + q_length} tokens is a static one, which heads "
-            "with spans cannot use. Leave past_key_values out, or give a SpanCache."
+            f"{CACHE}: a cache of {kv_length} places for {int(q_offset) + q_length} tokens is a static one, which heads "
+            f"with spans cannot use. Leave {CACHE} out, or give a SpanCache."
         )
     padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from ...errors import InputError, nearest
+from ..pretrained import CACHE
 from .attention import NAME, attentions
 from .cache import SpanCache
 from .rules import CONFIG_KEY, SpanPlan, plan_of
@@ -109,8 +110,8 @@ def _extend_transformers() -> None:
             *(getattr(one, "use_cache", None) for one in (generation_config, self.generation_config)),
         ]
         cached = next((use for use in said if use is not None), True)
-        if plan is not None and cached and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = SpanCache(plan, self.config)
+        if plan is not None and cached and not any(kwargs.get(name) is not None for name in {CACHE, "past_key_values"}):
+            kwargs[CACHE] = SpanCache(plan, self.config)
         return generate_original(self, inputs, generation_config, *args, **kwargs)
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]

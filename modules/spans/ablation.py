@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..pretrained import head_weight
+from ..pretrained import CACHE, head_weight
 from ..span_attention.attention import attentions
 from ..span_attention.rules import DENSE, SpanPlan, SpanRule
 from ..span_attention.runtime import apply_plan, remove_plan
@@ -114,13 +114,13 @@ def _changes(
     cache = DynamicCache() if start else None
     try:
         if start:
-            model.base_model(input_ids=ids[:, :start], past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=ids[:, :start], use_cache=True, **{CACHE: cache})
         hooks = [
             layer.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
             for layer in layers
         ]
         try:
-            rows = model.base_model(input_ids=ids[:, start:], past_key_values=cache, use_cache=start > 0)
+            rows = model.base_model(input_ids=ids[:, start:], use_cache=start > 0, **{CACHE: cache})
             unchanged = value(rows.last_hidden_state)
         finally:
             for hook in hooks:
