@@ -60,7 +60,7 @@ def group_beside(group: Any) -> Any:
     Args:
         group: The other; None is the default one.
     """
-    whole = group or dist.group.WORLD
+    whole: Any = group or dist.group.WORLD
     limit: timedelta = whole._get_backend(torch.device("cpu")).options._timeout  # how long a message may take
     _groups.append(dist.new_group(dist.get_process_group_ranks(group), backend="gloo", timeout=limit))
     return _groups[-1]

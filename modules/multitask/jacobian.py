@@ -75,6 +75,7 @@ class Jacobian:
             gramian = torch.stack([(flat := one.flatten(1).float()) @ flat.T for one in rows]).sum(dim=0)
         device = rows[0].device
         with common_seed(seed, device), torch.autocast(device.type, enabled=False):
+            weights: Tensor | None
             hooked = any(part._forward_hooks or part._forward_pre_hooks for part in self.aggregator.modules())
             if isinstance(self.aggregator, GramianWeightedAggregator) and not hooked:  # rows need not be copied into one matrix
                 weights = jac_to_grad(shared, self.aggregator, optimize_gramian_computation=True)
