@@ -9,6 +9,7 @@ GPU sent by gloo, whose callbacks must not wait for another message, take the al
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,8 @@ class GradientExchange:
         self._unused: set[str] = set()  # of the bucket at hand
         self._workspaces: dict[tuple[str, ...], Tensor] = {}
         self.at_work: list[Any] = []  # on a GPU, until it is waited for
-        self._in_order, self._answer_group = InOrder(), None  # of the second phase
+        self._in_order = InOrder()  # of the second phase, as the next
+        self._answer_group: Callable[[], Any] | None = None
 
     def is_small(self, parameter: Tensor) -> bool:
         """Whether a parameter [any] is always sent whole."""
@@ -281,7 +283,7 @@ class GradientExchange:
             return self.group
         if self._answer_group is None:
             self._answer_group = group_beside(self.group)
-        return self._answer_group
+        return self._answer_group()
 
     def _vector(self, large: list[tuple[str, Tensor]]) -> Tensor:
         """Return the large parameters' gradients one after another, and zeros up to equal shares."""

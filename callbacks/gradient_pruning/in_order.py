@@ -1,5 +1,6 @@
 """A thread that posts collectives which answer others, and the process group on which it does."""
 
+import atexit
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
-# What ends a group joins the group's threads. On one of these, where a callback may hold the last reference, that would end the
-# process; so groups end with it.
+# Held here alone, and given up by the main thread at the end: what gives a group up waits for the group's threads. On one of
+# these, where callbacks hold what they use until they are done, that would abort the process.
 _groups: list[Any] = []
+atexit.register(_groups.clear)
 
 
 class InOrder:
@@ -54,13 +56,16 @@ def _hand_on(result: Future, done: Future) -> None:
         result.set_exception(error)
 
 
-def group_beside(group: Any) -> Any:
-    """Return a new gloo group of the ranks of another, with its time limit; all of them have to call this.
+def group_beside(group: Any) -> Callable[[], Any]:
+    """Make a new gloo group of the ranks of another, with its time limit; all of them have to call this.
 
     Args:
         group: The other; None is the default one.
+
+    Returns:
+        A function that returns the new group, and does not hold it.
     """
     whole: Any = group or dist.group.WORLD
     limit: timedelta = whole._get_backend(torch.device("cpu")).options._timeout  # how long a message may take
     _groups.append(dist.new_group(dist.get_process_group_ranks(group), backend="gloo", timeout=limit))
-    return _groups[-1]
+    return partial(_groups.__getitem__, len(_groups) - 1)
