@@ -73,8 +73,8 @@ class GradientExchange:
         self._unused: set[str] = set()  # of the bucket at hand
         self._workspaces: dict[tuple[str, ...], Tensor] = {}
         self.at_work: list[Any] = []  # on a GPU, until it is waited for
-        self._in_order = InOrder()  # of the second phase, as the next
-        self._answer_group: Callable[[], Any] | None = None
+        self._in_order = InOrder()
+        self._answer_group: Callable[[], Any] | None = None  # both of the second phase
 
     def is_small(self, parameter: Tensor) -> bool:
         """Whether a parameter [any] is always sent whole."""

@@ -106,7 +106,7 @@ class BlockLocal(nn.Module):
         self.register_buffer("small_order", small_order)
         self.register_buffer("large_order", large_order)
         ordered = matrix[small_order][:, large_order].view(blocks, self.small // blocks, blocks, self.large // blocks)
-        self.weight = nn.Parameter(ordered[torch.arange(blocks), :, torch.arange(blocks)].clone())
+        self.weight = nn.Parameter(ordered.diagonal(dim1=0, dim2=2).movedim(-1, 0).clone(memory_format=torch.contiguous_format))
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """See ``Operator``."""

@@ -67,6 +67,14 @@ def test_blocks_lose_only_what_lies_outside_of_them():
     assert torch.equal(matrix, start * inside)
 
 
+def test_blocks_are_made_where_their_matrix_is():
+    """Also while a Trainer makes models on another device."""
+    made = torch.randn(6, 12), torch.randperm(6), torch.randperm(12), 3
+    with torch.device("meta"):
+        operator = BlockLocal(*made)
+    assert torch.equal(operator.weight, BlockLocal(*made).weight)
+
+
 def test_blocks_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match="5 blocks do not divide a width of 12 fused to 6"):
         BlockLocal(torch.randn(6, 12), torch.arange(6), torch.arange(12), 5)
