@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
+
 
 def cache_folder(*parts: str) -> Path:
     """Return a folder of the cache: ``$FULGURITE_CACHE``, else ``$XDG_CACHE_HOME/fulgurite``, else ``~/.cache/fulgurite``.
@@ -88,6 +90,24 @@ def publish_folder(parts: Path, path: Path) -> None:
     _fsync_files(parts)
     os.rename(parts, path)
     _fsync(path.parent)
+
+
+def check_replaceable(path: Path, mark: str) -> None:
+    """Refuse a folder that ``atomic_folder`` would replace though something else is in it.
+
+    Args:
+        path: Folder that is to be written.
+        mark: File that every folder of that kind has.
+
+    Raises:
+        InputError: If it has no name of its own, is a file, or holds something without ``mark``.
+    """
+    if not path.name:
+        raise InputError(f"folder={str(path)!r} has no name of its own. Give the name of a folder, to make or to replace.")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"folder={str(path)!r} is a file. Give the name of a folder, to make or to replace.")
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise InputError(f"folder={str(path)!r} holds something else (there is no {mark}), and is left as it is. Give another name.")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ..errors import InputError, nearest
-from ..files import atomic_folder
+from ..files import atomic_folder, check_replaceable
 from ..modules.multitask import MultiTask
 from .export_pretrained import model_card
 
@@ -29,8 +29,8 @@ class ExportBranches(Callback):
         dtype: Type of the exported weights: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        InputError: If ``dtype`` is unknown; before training, if the module is no ``MultiTask``, a task is not among its own, or
-            the strategy divides weights.
+        InputError: If ``dtype`` is unknown; before training, if the module is no ``MultiTask``, a task is not among its own,
+            the strategy divides weights, or ``folder`` holds something else under a task's name.
     """
 
     def __init__(self, folder: str | None = None, *, tasks: list[str] | None = None, dtype: str = "bfloat16") -> None:
@@ -54,6 +54,8 @@ class ExportBranches(Callback):
             reason = pl_module.why_not_plain(task)
             if reason is not None:
                 raise InputError(f"tasks: {task!r} cannot be exported to transformers: {reason}. Leave it out.")
+        for task in pl_module.objectives if self.folder is not None else []:
+            check_replaceable(Path(self.folder) / task, "config.json")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folders."""

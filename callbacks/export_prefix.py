@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..errors import InputError
+from ..files import check_replaceable
 from ..modules.offsite import OffsitePrefixTuning
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ class ExportPrefix(Callback):
         folder: Where to write; None is ``prefix`` in the run's folder.
 
     Raises:
-        InputError: If the module is no ``OffsitePrefixTuning``.
+        InputError: If the module is no ``OffsitePrefixTuning``, or ``folder`` holds something that is no prefix.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -28,6 +29,8 @@ class ExportPrefix(Callback):
         """Refuse a module that has no prefix, before training."""
         if not isinstance(pl_module, OffsitePrefixTuning):
             raise InputError(f"ExportPrefix exports the prefix of OffsitePrefixTuning, not of {type(pl_module).__name__}.")
+        if self.folder is not None:
+            check_replaceable(Path(self.folder), "prefix.json")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder."""

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from .. import __version__
 from ..datamodules.base import data_hashes
 from ..errors import InputError
-from ..files import atomic_folder
+from ..files import atomic_folder, check_replaceable
 from ..modules.base import PretrainedModule
 from ..modules.language_model import LanguageModel
 
@@ -26,7 +26,8 @@ class ExportPretrained(Callback):
     """At the end of ``fit``, writes weights, config, tokenizer, generation config and a model card.
 
     The last weights go to ``folder``; where a ``ModelCheckpoint`` has kept a best one of an earlier step, its weights go to
-    ``<folder>-best``. A folder of an earlier run is replaced only when the new one is complete.
+    ``<folder>-best``, unless they are of a stage that trains something else than the model (operators). An earlier export is
+    replaced only when the new one is complete; a folder that holds something else is left as it is.
 
     Args:
         folder: Where to write; None is ``export`` in the run's folder.
@@ -34,7 +35,7 @@ class ExportPretrained(Callback):
         best: Also export the best checkpoint.
 
     Raises:
-        InputError: If ``dtype`` is unknown, or the module is no ``LanguageModel``.
+        InputError: If ``dtype`` is unknown, the module is no ``LanguageModel``, or ``folder`` is no place for an export.
     """
 
     def __init__(self, folder: str | None = None, *, dtype: str | None = "bfloat16", best: bool = True) -> None:
@@ -47,12 +48,15 @@ class ExportPretrained(Callback):
         """Refuse a module that has no ``transformers`` model, before training."""
         if not isinstance(pl_module, LanguageModel):
             raise InputError(f"ExportPretrained exports a LanguageModel, not a {type(pl_module).__name__}.")
+        if self.folder is not None:
+            check_replaceable(Path(self.folder), "config.json")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folders."""
         if getattr(trainer, "fast_dev_run", False) and self.folder is None:
             return
         assert isinstance(pl_module, LanguageModel)
+        pl_module.prepare_export()
         root = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "export"
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("val_")}
         self._write(trainer, pl_module, root, trainer.strategy.lightning_module_state_dict(), trainer.global_step, metrics)
@@ -60,6 +64,9 @@ class ExportPretrained(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.monitor and Path(callback.best_model_path).is_file():
                 checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
                 if checkpoint["global_step"] != trainer.global_step:
+                    if checkpoint["state_dict"].keys() != pl_module.state_dict().keys():
+                        log.warning("The best checkpoint, of step %d, is not exported: it is of another stage.", checkpoint["global_step"])
+                        continue
                     folder = root.with_name(f"{root.name}-best")
                     figures = {callback.monitor: float(callback.best_model_score or 0)}
                     self._write(trainer, pl_module, folder, checkpoint["state_dict"], checkpoint["global_step"], figures)

@@ -305,6 +305,9 @@ class LanguageModel(PretrainedModule):
         """Return what a reader of the model card must know first; nothing for a model that runs everywhere as it is."""
         return NOTICE if self.model is not None and plan_of(self.model.config) is not None else ""
 
+    def prepare_export(self) -> None:
+        """Give ``model`` the form in which it is exported; called at the end of ``fit``, also where no step was left to train."""
+
     def write_extras(self, folder: Path) -> None:
         """Write into an exported folder what the method adds to it.
 

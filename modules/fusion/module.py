@@ -227,6 +227,15 @@ class FusionCompression(SoftLabelDistillation):
 
     def begin_next_stage(self) -> None:
         """Write out the small model that the operators made, and go on with it; ``TrainUntilCondition`` calls this."""
+        self._leave_stage()
+        self._first_step = self.trainer.global_step
+        strategy = self.trainer.strategy
+        strategy.setup_optimizers(self.trainer)
+        if isinstance(strategy, DDPStrategy):  # its reducer knows the parameters of the stage before
+            strategy.model = self
+            strategy.configure_ddp()
+
+    def _leave_stage(self) -> None:
         assert self.model is not None
         large = self.wide if self.wide is not None else self._load_large()
         self.learnt |= summarise(self.model, self.centres, len(decoder_layers(large)))
@@ -236,15 +245,7 @@ class FusionCompression(SoftLabelDistillation):
         if self.in_last_stage:
             log.info("Stage %d of %d: the small model itself", self.stage + 1, len(self.stages) + 1)
             self.wide = None
-            self._adopt(plain)
-        else:
-            self._adopt(self._begin(plain))
-        self._first_step = self.trainer.global_step
-        strategy = self.trainer.strategy
-        strategy.setup_optimizers(self.trainer)
-        if isinstance(strategy, DDPStrategy):  # its reducer knows the parameters of the stage before
-            strategy.model = self
-            strategy.configure_ddp()
+        self._adopt(plain if self.in_last_stage else self._begin(plain))
 
     def on_fit_start(self) -> None:
         """Bring the large model to the device, and refuse strategies that split weights."""
@@ -297,8 +298,8 @@ class FusionCompression(SoftLabelDistillation):
         if self.model is not None:
             self.model.train()
 
-    def on_train_end(self) -> None:
-        """Leave a plain model behind, also where training ended within a stage, and say what came of it."""
+    def prepare_export(self) -> None:
+        """Make the small model where training ended within a stage, or had no steps left to go on with."""
         if not self.in_last_stage:
             log.warning(
                 "Training ended in stage %r: operators were learnt no longer. Give more steps, or end stages sooner with "
@@ -306,7 +307,11 @@ class FusionCompression(SoftLabelDistillation):
                 self.stages[self.stage],
             )
         while not self.in_last_stage:
-            self.begin_next_stage()
+            self._leave_stage()
+
+    def on_train_end(self) -> None:
+        """Leave a plain model behind, and say what came of it."""
+        self.prepare_export()
         assert self.model is not None
         self._measure({"small model": self.model})
         if self.learnt and isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero and can_draw():
@@ -315,10 +320,9 @@ class FusionCompression(SoftLabelDistillation):
     def write_extras(self, folder: Path) -> None:
         """Write what the operators came to into an exported folder, and a picture of it where matplotlib is there."""
         super().write_extras(folder)
-        if not self.learnt:
-            return
-        (folder / "fusion.json").write_text(json.dumps(self.learnt) + "\n", "utf-8")
-        if can_draw():
+        if self.learnt:
+            (folder / "fusion.json").write_text(json.dumps(self.learnt) + "\n", "utf-8")
+        if self.learnt and can_draw():
             draw_operators(self.learnt).savefig(folder / "fusion.png", dpi=150)
 
     def card_figures(self) -> dict[str, float]:
@@ -356,9 +360,7 @@ class FusionCompression(SoftLabelDistillation):
 
     def configure_optimizers(self) -> Any:
         """Return the stage's optimizer, and the last one's schedule."""
-        if self.in_last_stage:
-            return super().configure_optimizers()
-        return self._new_optimizer(self.operator_optimizer)
+        return super().configure_optimizers() if self.in_last_stage else self._new_optimizer(self.operator_optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the stage."""

@@ -65,7 +65,7 @@ def test_best_checkpoint_is_exported_beside_the_last(tmp_path, text_file):
 def test_earlier_export_stays_until_the_new_one_is_whole(tmp_path, text_file, monkeypatch):
     folder = tmp_path / "export"
     folder.mkdir()
-    (folder / "precious").write_text("of an earlier run")
+    (folder / "config.json").write_text("of an earlier run")
 
     def fail(*_):
         raise OSError("disk full")
@@ -73,7 +73,7 @@ def test_earlier_export_stays_until_the_new_one_is_whole(tmp_path, text_file, mo
     monkeypatch.setattr("fulgurite.callbacks.export_pretrained.model_card", fail)
     with pytest.raises(OSError, match="disk full"):
         fit(tmp_path, text_file, ExportPretrained(str(folder)))
-    assert [file.name for file in folder.iterdir()] == ["precious"]
+    assert (folder / "config.json").read_text() == "of an earlier run"
     assert not list(tmp_path.glob(".export*"))
 
 
@@ -82,3 +82,14 @@ def test_bad_settings_are_refused_by_name(tmp_path):
         ExportPretrained(dtype="int8")
     with pytest.raises(InputError, match="SoftLabelTeacher"):
         ExportPretrained().setup(None, SoftLabelTeacher("random:tiny"), "fit")
+
+
+def test_a_folder_that_is_no_export_is_left_as_it_is(tmp_path, text_file):
+    (tmp_path / "models/other").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds something else"):
+        fit(tmp_path, text_file, ExportPretrained(str(tmp_path / "models")))
+    assert (tmp_path / "models/other").is_dir()
+    with pytest.raises(InputError, match="no name of its own"):
+        fit(tmp_path, text_file, ExportPretrained("."))
+    with pytest.raises(InputError, match="is a file"):
+        fit(tmp_path, text_file, ExportPretrained(str(text_file)))

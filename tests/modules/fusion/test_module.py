@@ -79,9 +79,22 @@ def test_stages_end_and_leave_a_plain_model(here, tmp_path, words, stages):
 
 
 def test_training_that_ends_within_a_stage_still_leaves_a_plain_model(here, tmp_path, caplog):
-    run([*here, callbacks(10), "--trainer.max_steps=3", "--run=short"])
+    run([*here, callbacks(10, every=1), "--trainer.max_steps=3", "--run=short"])
     assert "Training ended in stage 'width'" in caplog.text
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs/fusion/short/export").config.num_hidden_layers == 3
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/fusion/short/export")
+    assert exported.config.num_hidden_layers == 3
+    # Going on with no steps left trains nothing, and exports the same.
+    run(["fit", "--experiment=fusion", "--run=short", "--ckpt_path=last", *QUIET])
+    again, said = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/fusion/short/export", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    torch.testing.assert_close(again.state_dict(), exported.state_dict())
+
+
+def test_a_best_checkpoint_of_a_stage_with_operators_is_not_exported(here, tmp_path, caplog):
+    keep = "{class_path: ModelCheckpoint, init_args: {monitor: stage, mode: min, every_n_train_steps: 1}}"
+    run([*here, callbacks(2).replace("[", f"[{keep}, "), "--trainer.max_steps=5", "--run=best"])
+    assert "is not exported: it is of another stage" in caplog.text
+    assert [path.name for path in (tmp_path / "runs/fusion/best").glob("export*")] == ["export"]
 
 
 @pytest.mark.parametrize("stop", [3, 7, 11])  # in the width stage, in the depth stage, and behind both
