@@ -107,7 +107,9 @@ def check_replaceable(path: Path, mark: str) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"folder={str(path)!r} is a file. Give the name of a folder, to make or to replace.")
     if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
-        raise InputError(f"folder={str(path)!r} holds something else (there is no {mark}), and is left as it is. Give another name.")
+        raise InputError(
+            f"folder={str(path)!r} holds something else (there is no {mark}), and is left as it is. Give another name."
+        )
 
 
 @contextmanager

@@ -54,8 +54,9 @@ class ExportBranches(Callback):
             reason = pl_module.why_not_plain(task)
             if reason is not None:
                 raise InputError(f"tasks: {task!r} cannot be exported to transformers: {reason}. Leave it out.")
-        for task in pl_module.objectives if self.folder is not None else []:
-            check_replaceable(Path(self.folder) / task, "config.json")
+        if self.folder is not None:
+            for task in pl_module.objectives:
+                check_replaceable(Path(self.folder) / task, "config.json")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folders."""

@@ -65,7 +65,9 @@ class ExportPretrained(Callback):
                 checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
                 if checkpoint["global_step"] != trainer.global_step:
                     if checkpoint["state_dict"].keys() != pl_module.state_dict().keys():
-                        log.warning("The best checkpoint, of step %d, is not exported: it is of another stage.", checkpoint["global_step"])
+                        log.warning(
+                            "The best checkpoint, of step %d, is not exported: it is of another stage.", checkpoint["global_step"]
+                        )
                         continue
                     folder = root.with_name(f"{root.name}-best")
                     figures = {callback.monitor: float(callback.best_model_score or 0)}

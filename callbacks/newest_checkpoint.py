@@ -33,8 +33,16 @@ class NewestCheckpoint(Checkpoint):
         if step == self._saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if step % self.every_n_train_steps == 0 or _is_last(trainer):
-            self._saved = step
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "newest.ckpt")
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, where a validation ended the run."""
+        if trainer.global_step != self._saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self._saved = trainer.global_step
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "newest.ckpt")
 
     def state_dict(self) -> dict[str, int]:
         """Return the step of the checkpoint: a run that goes on must not save within the accumulation of the next step."""

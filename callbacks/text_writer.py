@@ -13,7 +13,7 @@ class TextWriter(BasePredictionWriter):
     """Appends every prompt and its text as a JSON line, batch by batch; each rank writes a file of its own.
 
     Args:
-        file: File to write; None is ``text-<rank>.jsonl`` in the run's folder.
+        file: File to write, of several ranks with ``-<rank>`` behind the name; None is ``text-<rank>.jsonl`` in the run's folder.
     """
 
     def __init__(self, file: str | None = None) -> None:
@@ -33,7 +33,9 @@ class TextWriter(BasePredictionWriter):
         """Append one batch, if it is text."""
         if not isinstance(prediction, list):
             return
-        path = Path(self.file) if self.file else Path(trainer.default_root_dir) / f"text-{trainer.global_rank}.jsonl"
+        path = Path(self.file) if self.file else Path(trainer.default_root_dir) / "text.jsonl"
+        if not self.file or trainer.world_size > 1:
+            path = path.with_stem(f"{path.stem}-{trainer.global_rank}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)

@@ -41,8 +41,9 @@ class TokenRate(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Add a batch."""
-        self._add(batch)
+        """Add a batch, unless a capture that goes on had stored it already."""
+        if outputs is not None:
+            self._add(batch)
 
     def _add(self, batch: Any) -> None:
         self.seconds += time.perf_counter() - self._since

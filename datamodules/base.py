@@ -47,28 +47,26 @@ class TokenDataModule(LightningDataModule):
         self.has_soft_labels = False  # in training
         self.val_has_soft_labels = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._models_tokenizer: PreTrainedTokenizerBase | None = None  # the last that was compared with it
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer named, else the model's own."""
+        """The tokenizer named, else that of the first model that the data was used with."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        models: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
         if self._tokenizer is None:
-            module = None if self.trainer is None else self.trainer.lightning_module
-            models: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
-            own = None if self.tokenizer_source is None else load_tokenizer(self.tokenizer_source)
-            if own is None and models is None:
-                raise InputError("tokenizer=None: give a source, or use the data with a model that has a tokenizer.")
-            if own is not None and models is not None:
-                self._check_tokenizers(own, models)
-            self._tokenizer = own or models
-        assert self._tokenizer is not None
+            self._tokenizer = models if self.tokenizer_source is None else load_tokenizer(self.tokenizer_source)
+        if self._tokenizer is None:
+            raise InputError("tokenizer=None: give a source, or use the data with a model that has a tokenizer.")
+        if models is not None and models is not self._models_tokenizer:
+            if tokenizer_fingerprint(models) != tokenizer_fingerprint(self._tokenizer):
+                named = self.tokenizer_source is not None
+                raise InputError(
+                    f"tokenizer={self.tokenizer_source!r} is not the model's: its ids would mean other words. "
+                    + ("Leave it out to take the model's own." if named else "Data is used with one tokenizer: make it anew.")
+                )
+            self._models_tokenizer = models
         return self._tokenizer
-
-    def _check_tokenizers(self, own: PreTrainedTokenizerBase, models: PreTrainedTokenizerBase) -> None:
-        if tokenizer_fingerprint(models) != tokenizer_fingerprint(own):
-            raise InputError(
-                f"tokenizer={self.tokenizer_source!r} is not the model's: its ids would mean other words. Leave it out to "
-                "take the model's own."
-            )
 
     @property
     def longest_sequence(self) -> int:

@@ -107,7 +107,7 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
         source: File name, ``hub:owner/name[/config][:split]``, or ``package:docstrings``.
 
     Raises:
-        DataError: If a line is no JSON object, or the hub cannot be reached.
+        DataError: If a line is no JSON object or has half of a surrogate pair, or the hub cannot be reached.
     """
     if source.startswith("hub:"):
         yield from _hub_rows(source)
@@ -135,7 +135,19 @@ def read_rows(source: str) -> Iterator[dict[str, Any]]:
                     ) from None
                 if not isinstance(row, dict):
                     raise DataError(f"{source}, line {number}: a {type(row).__name__}, not an object.")
+                if "\\ud" in line.lower():
+                    _refuse_half_characters(row, f"{source}, line {number}")
                 yield row
+
+
+def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise DataError(
+            f"{where}: {half} is half of a surrogate pair, and no character. Mend the line, or leave it out."
+        ) from None
 
 
 def _hub_rows(source: str) -> Iterator[dict[str, Any]]:

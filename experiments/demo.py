@@ -13,6 +13,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..callbacks import SoftLabelWriter
@@ -184,7 +185,7 @@ def _show(root: Path, summary: dict[str, Any]) -> None:
     )
     console.print(f"\n[bold]{PROMPT}[/bold]")
     for name in ("teacher", *STUDENTS):
-        console.print(f"[bold]{name}:[/bold]", summary["samples"][name].strip().replace("\n", " "), highlight=False)
+        console.print(f"[bold]{name}:[/bold]", escape(summary["samples"][name].strip().replace("\n", " ")), highlight=False)
     console.print(
         f"\nAll in {summary['seconds'] / 60:.1f} minutes. The smaller model is in {root}/export, the figures in "
         f"{root}/summary.json, the labels in {root}/labels.\n\nNext:\n"

@@ -23,7 +23,7 @@ _PACKAGES = (
     "zstandard",
 )
 # A document or a result that changes is another matter.
-_CODE = ("modules", "datamodules", "callbacks", "experiments", ":!experiments/*/results/*")
+_CODE = (":(glob)*.py", "modules", "datamodules", "callbacks", "experiments", ":!experiments/*/results/*")
 
 
 def environment(

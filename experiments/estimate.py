@@ -263,7 +263,7 @@ def plan_of(trainer: Any, data: Any) -> Plan:
     if isinstance(devices, list) and devices:
         count = len(devices)
     elif str(devices) in ("auto", "-1", "None"):
-        count = max(1, torch.cuda.device_count())
+        count = 1 if trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())
     elif str(devices).isdigit() and int(devices):
         count = int(devices)
     else:

@@ -14,10 +14,17 @@ DEFAULTS = {"runs_folder": "runs", "experiment": "default"}
 
 
 def new_run_name(folder: Path) -> str:
-    """Return a name for a run that was given none: the time, which sorts; a second later where another run has it."""
-    while (folder / (name := time.strftime("%Y-%m-%dT%H-%M-%S"))).exists():
-        time.sleep(0.1)
-    return name
+    """Make a folder for a run that was given no name, and return its name: the time, which sorts.
+
+    A second later, where another run has it; the folder is made at once, so that no run takes the same.
+    """
+    while True:
+        name = time.strftime("%Y-%m-%dT%H-%M-%S")
+        try:
+            (folder / name).mkdir(parents=True)
+            return name
+        except FileExistsError:
+            time.sleep(0.1)
 
 
 def flag_values(words: list[str], *flags: str) -> Iterator[tuple[int, str]]:

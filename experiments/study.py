@@ -56,6 +56,11 @@ class Range:
             raise InputError(f"space.{key}: low={self.low} is not below high={self.high}.")
         if self.log and (self.low <= 0 or self.step is not None):
             raise InputError(f"space.{key}: a logarithmic scale needs low above 0 (here {self.low}) and no step.")
+        if self.step is not None and self.step <= 0:
+            raise InputError(f"space.{key}: step={self.step} is no distance. Legal: above 0, or null for any value.")
+        for name in ("low", "high", "step") if self.integer else ():
+            if (number := getattr(self, name)) is not None and number != int(number):
+                raise InputError(f"space.{key}: {name}={number} is not whole, but integer is true. Give whole numbers.")
 
     def suggest(self, trial: "optuna.Trial", key: str) -> float | int:
         """Return a trial's value."""

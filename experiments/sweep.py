@@ -95,7 +95,7 @@ def _helper(settings: Path, trials: int, storage: str | None, seed: int, workers
     words = ["sweep", "--config", str(settings), f"--folder={settings.parent.parent}", f"--trials={trials}", f"--seed={seed}"]
     words += [f"--storage={storage}"] if storage else []
     code = "import sys; from fulgurite.experiments.main import main; main(sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, *words], env={**threads_each(workers), **os.environ})
+    return subprocess.Popen([sys.executable, "-c", code, *words], env={**os.environ, **threads_each(workers)})
 
 
 def _check_space(words: list[str], space: dict[str, Range | list[Choice]]) -> None:

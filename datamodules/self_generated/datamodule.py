@@ -161,6 +161,7 @@ class SelfGeneratedCalibration(TokenDataModule):
         )
         self.chat, self.answer_weights, self.show = chat, frozen_dtype(answer_weights), show
         self._content = ""
+        self._answered_by: str | None = None
 
     @property
     def answering_model(self) -> str | None:
@@ -200,6 +201,11 @@ class SelfGeneratedCalibration(TokenDataModule):
         """Read the answers and make the examples of them."""
         if self.train_set is None:
             self._make()
+        elif self._answered_by not in (None, self.answering_model):
+            raise DataError(
+                f"answers_from=None: this data holds the answers of {self._answered_by}, and the model is now "
+                f"{self.answering_model}. Make the data anew, or name who answers."
+            )
 
     def _make(self) -> None:
         source = self.answering_model
@@ -232,6 +238,7 @@ class SelfGeneratedCalibration(TokenDataModule):
                     "tokens. Name a model with the same tokenizer."
                 )
             model = self._load(source)
+            self._answered_by = source
         splits: list[list[CalibrationExample]] = []
         for number, (documents, asked, (lengths, count)) in enumerate(zip(texts, questions, self._levels)):
             if not count:
@@ -281,10 +288,8 @@ class SelfGeneratedCalibration(TokenDataModule):
         cache = AnswerCache(
             model, prompts, settings, sorted({end for end in ends if end is not None}), tokenizer.pad_token_id or 0
         )
-        rank, world = self._world
-        cache.write(rank, world)
-        if world > 1:
-            assert self.trainer is not None
+        cache.write(*self._world)
+        if self.trainer is not None and self._world[1] > 1:
             self.trainer.strategy.barrier()
         return cache.read()
 
@@ -343,12 +348,10 @@ class SelfGeneratedCalibration(TokenDataModule):
                 )
             answers = [found[index] for index in range(len(prompts))]
         special = set(self.tokenizer.all_special_ids)
-        cut, fates = 0, Counter[str]()
+        fates = Counter[str]()
         kept = []
         for prompt, head, answer in zip(prompts, ids, answers):
-            empty = not set(answer.ids) - special
-            cut += answer.cut
-            fate = "empty" if empty else "cut off" if answer.cut and self.cut_answers == "drop" else ""
+            fate = "empty" if not set(answer.ids) - special else "cut off" if answer.cut and self.cut_answers == "drop" else ""
             fates[fate] += 1
             if not fate:
                 kept.append(CalibrationExample(prompt.kind, prompt.length, tuple(head) + answer.ids, len(head)))
@@ -357,9 +360,10 @@ class SelfGeneratedCalibration(TokenDataModule):
             measured = perplexities(model, [(example.prompt, example.answer) for example in kept])
             fates["of a higher perplexity"] = sum(value > self.max_perplexity for value in measured)
             kept = [example for example, value in zip(kept, measured) if value <= self.max_perplexity]
+        cut = sum(answer.cut for answer in answers)
         if cut and self.cut_answers == "keep":
-            limit = self.answer_settings.max_tokens
-            log.warning("%d of %d answers are cut off at answer_tokens=%d, and kept.", cut, len(prompts), limit)
+            most = self.answer_settings.max_tokens
+            log.warning("%d of %d answers are cut off at answer_tokens=%d, and kept.", cut, len(prompts), most)
         left_out = ", ".join(f"{number} {fate}" for fate, number in fates.items() if fate and number)
         if not kept:
             raise DataError(
@@ -371,8 +375,7 @@ class SelfGeneratedCalibration(TokenDataModule):
         return kept
 
     def _check_longest(self, sizes: list[int], what: str) -> None:
-        limit = self._limit
-        if limit is not None and max(sizes) > limit[0]:
+        if (limit := self._limit) is not None and max(sizes) > limit[0]:
             raise DataError(
                 f"questions={self.questions!r} and {what} make a text of {max(sizes)} tokens; {limit[1]} takes {limit[0]}. Leave "
                 "out long questions, or lower answer_tokens."

@@ -126,11 +126,16 @@ def _command(step: dict[str, Any], words: list[str], folder: Path, record: dict[
     for checkpoint in run_folder.glob("checkpoints/*.ckpt"):
         if not _is_whole(checkpoint):  # killed while it was copied from another disk
             checkpoint.unlink()
-    if list(run_folder.glob("checkpoints/*.ckpt")) and step["command"] == "fit":
-        words = [*words, "--ckpt_path=last"]
-    elif step["command"] != "predict":  # a capture goes on by itself
+    again = step["command"] == "fit" and any(run_folder.glob("checkpoints/*.ckpt"))
+    if not again and step["command"] != "predict":  # a capture goes on by itself
         shutil.rmtree(run_folder, ignore_errors=True)
-    cli = run([*words, f"--runs_folder={folder.parent}", f"--experiment={folder.name}", f"--run={step['name']}"])
+    places = [f"--runs_folder={folder.parent}", f"--experiment={folder.name}", f"--run={step['name']}"]
+    cli = run([*words, *places, *(["--ckpt_path=last"] if again else [])])
+    wanted = [source for source in (step["metrics"] or {}).values() if "@" not in source]
+    if again and not cli.trainer.callback_metrics.keys() >= {*wanted}:
+        print("No step was left to train, and the figures went with the process that was killed: trained anew.", flush=True)
+        shutil.rmtree(run_folder)
+        return _command(step, words, folder, record)
     record["cost"] = _memory()
     if step["command"] in ("fit", "predict") and cli.token_rate.tokens:
         rate = cli.token_rate

@@ -9,11 +9,13 @@ PACKAGE = Path(__file__).parent.parent.parent
 
 @cache
 def code_version() -> str:
-    """Return a hash of the package's Python sources; it does not change with documents, tests and results."""
+    """Return a hash of the package's Python sources and of the evaluated tasks; documents, tests and results do not change it."""
     digest = hashlib.sha256()
+    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("experiments/evaluation/tasks/*.yaml")]
     for folder in ("modules", "datamodules", "callbacks", "experiments"):
-        for path in sorted((PACKAGE / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+        files += (PACKAGE / folder).rglob("*.py")
+    for path in sorted(files):
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

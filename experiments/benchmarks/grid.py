@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -209,7 +210,7 @@ class Grid:
         # The log is no terminal, but its last line is shown: progress bars are to be drawn into it, a line each.
         environment = {**os.environ, "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "COLUMNS": "200"}
         if workers > 1:
-            environment = {**threads_each(workers), **environment}
+            environment |= threads_each(workers)
         devices = _gpus()
         if devices:  # one each, or the Trainer would take all and count the tokens of one
             environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
@@ -257,10 +258,8 @@ class Grid:
         }
 
     def _watch(self, entry: _Running, progress: Progress) -> None:
-        line = (_last_lines(entry.log) or [""])[-1]
-        progress.update(
-            entry.bar, completed=time.perf_counter() - entry.begin, description=f"{entry.job.name} [dim]{line[:60]}[/dim]"
-        )
+        line = escape((_last_lines(entry.log) or [""])[-1][:60])
+        progress.update(entry.bar, completed=time.perf_counter() - entry.begin, description=f"{entry.job.name} [dim]{line}[/dim]")
 
     def _finish(self, entry: _Running, failed: dict[str, str], progress: Progress) -> None:
         job, target = entry.job, self.target(entry.job)

@@ -42,7 +42,11 @@ def draw(plan: Benchmark, results: list[dict[str, Any]], key: str, kind: str) ->
     maps = entry["kind"] == "heatmap"
     shape = (1, len(entry["only"])) if maps else (len(entry.get("panels", "1")), 1)
     height = 2.4 if maps else 4.2
-    return picture(lambda axes: drawers[entry["kind"]](axes, plan, results, entry), title, kind, height, shape)
+
+    def fill(axes: Any) -> None:
+        drawers[entry["kind"]]([axes] if maps and len(entry["only"]) == 1 else axes, plan, results, entry)
+
+    return picture(fill, title, kind, height, shape)
 
 
 def picture(fill: Callable[[Any], None], title: str, kind: str, height: float = 4.2, shape: tuple[int, int] = (1, 1)) -> bytes:

@@ -94,7 +94,10 @@ SCHEMA = _mapping(
                                 "then": {"required": ["panels", "only"], "properties": {"only": {"maxItems": 1, "minItems": 1}}},
                                 "else": {"required": ["y"]},
                             },
-                            {"if": {"properties": {"kind": {"const": "heatmap"}}}, "then": {"required": ["only"]}},
+                            {
+                                "if": {"properties": {"kind": {"const": "heatmap"}}},
+                                "then": {"required": ["only"], "properties": {"only": {"minItems": 1}}},
+                            },
                             {
                                 "if": {"properties": {"kind": {"enum": ["matrix", "lines"]}}},
                                 "then": {"required": ["only"], "properties": {"only": {"maxItems": 1, "minItems": 1}}},

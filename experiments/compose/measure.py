@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 from transformers import DynamicCache, PreTrainedModel
 
+from ...errors import InputError
 from ...modules.precision import compute_device
 from ...modules.pretrained import load_model, model_fingerprint
 from ...modules.span_attention.rules import SpanPlan, SpanRule
@@ -75,7 +76,7 @@ def _turn(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> dict[str, f
 
 
 @needs_links()
-def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit: str, folder: str) -> dict[str, float]:
+def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit: list[str], folder: str) -> dict[str, float]:
     """Distil a model on ranks whose gradients go over a slow link.
 
     Args:
@@ -83,18 +84,23 @@ def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit
         pruned: Prune the gradients; else all of them are sent.
         link: A key of ``gradient_pruning.measure.LINKS``.
         ranks: Number of ranks.
-        steps: Optimizer steps.
-        fit: More words for ``fit -c compose/two_ranks``, separated by spaces.
+        steps: Optimizer steps, 4 or more.
+        fit: More words for ``fit -c compose/two_ranks``.
         folder: Where the trained model goes.
 
     Returns:
         ``step_seconds``, and ``sent_bytes``, what a rank sends, headers and all: medians of the steps behind the warm-up.
+
+    Raises:
+        InputError: If no step is behind the warm-up.
     """
+    if steps < 4:
+        raise InputError(f"steps={steps}: the first three are not counted. Legal: 4 or more.")
     callbacks: list[dict[str, Any]] = [{"class_path": _EXPORT, "init_args": {"folder": folder, "dtype": "float32"}}]
     if pruned:
         settings = {"policy": {"class_path": "Adaptive"}, "warmup": 2}
         callbacks.append({"class_path": PRUNING, "init_args": settings})
-    log = train_over_link("compose/two_ranks", callbacks, link, ranks, steps, seed, fit.split())
+    log = train_over_link("compose/two_ranks", callbacks, link, ranks, steps, seed, fit)
     seconds = [step["seconds"] for step in log["steps"][3:]]
     sent = [after["sent_bytes"] - before["sent_bytes"] for before, after in pairwise(log["steps"])][2:]
     return {"step_seconds": statistics.median(seconds), "sent_bytes": statistics.median(sent)}

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
@@ -149,7 +150,7 @@ def _show(scores: list) -> None:
     best = max(scores, key=lambda score: score.log_likelihood)
     for score in scores:
         chosen = "chosen" if score is best else ""
-        table.add_row(score.candidate, f"{score.log_likelihood:.4f}", f"{score.per_character:.4f}", chosen)
+        table.add_row(escape(score.candidate), f"{score.log_likelihood:.4f}", f"{score.per_character:.4f}", chosen)
     Console().print(table)
 
 

@@ -170,7 +170,7 @@ def _command(words: list[str]) -> list[str]:
 
 def _one_thread() -> dict[str, str]:
     """Return an environment in which processes at work at the same time do not fight for cores."""
-    return {**threads_each(len(PARTIES)), **os.environ}
+    return {**os.environ, **threads_each(len(PARTIES))}
 
 
 def _tell(who: str, words: list[str]) -> None:

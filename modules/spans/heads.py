@@ -41,15 +41,15 @@ def induction_scores(model: PreTrainedModel, *, tokens: int = 512, seed: int = 0
     def probe(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, dense: Callable[[], Tensor]) -> Tensor:
         heads = key.shape[1]
         grouped = query[0].unflatten(0, (heads, -1)).float()
-        found = torch.zeros(heads, 2, device=key.device)
+        found = torch.zeros(heads, grouped.shape[1], 2, device=key.device)
         for block in rows.split(_BLOCK):
             hidden = torch.arange(2 * tokens, device=key.device) > block[:, None]
             logits = grouped[:, :, block] @ key[0, :, None].transpose(-1, -2).float() * scaling
             weights = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
             for number, place in enumerate((block - tokens + 1, block - tokens)):
                 looked = weights.gather(-1, place[:, None].expand(*weights.shape[:2], -1, -1)).sum(dim=(2, 3)) / tokens
-                found[:, number] += looked.amax(dim=1)
-        scores[layer] = found.amax(dim=1).cpu().numpy()
+                found[..., number] += looked
+        scores[layer] = found.amax(dim=(1, 2)).cpu().numpy()
         return dense()
 
     with probed(model, probe):

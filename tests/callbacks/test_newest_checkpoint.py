@@ -41,6 +41,14 @@ def test_the_last_step_of_the_last_epoch_is_kept(text_file, tmp_path):
     assert found["global_step"] == 5
 
 
+def test_the_last_step_of_a_run_that_a_validation_ends_is_kept(text_file, tmp_path):
+    stop = "{class_path: EarlyStopping, init_args: {monitor: val_loss, mode: max, patience: 1}}"
+    keep = "{class_path: NewestCheckpoint, init_args: {every_n_train_steps: 100}}"
+    words = [f"--trainer.callbacks=[{stop}, {keep}]", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+    found = train(text_file, tmp_path, 50, *words)
+    assert 1 < found["global_step"] < 50
+
+
 def test_nothing_is_saved_within_the_accumulation_of_a_step(tmp_path):
     saved = []
     trainer = SimpleNamespace(

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import torch
 from lightning.pytorch import Trainer
@@ -22,6 +23,22 @@ def test_text_writer_keeps_every_prompt(tmp_path, text_file):
     rows = [json.loads(line) for line in (tmp_path / "text-0.jsonl").read_text().splitlines()]
     assert len(rows) == len(data.val_set)
     assert all(len(row["prompt"]) == 8 for row in rows)
+
+
+def test_ranks_write_files_of_their_own(tmp_path):
+    for rank in range(2):
+        run = SimpleNamespace(default_root_dir=tmp_path, global_rank=rank, world_size=2)
+        TextWriter(str(tmp_path / "said.jsonl")).write_on_batch_end(run, None, [{"prompt": str(rank)}], None, None, 0, 0)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"said-{rank}.jsonl").read_text()) == {"prompt": str(rank)}
+
+
+def test_batches_that_a_capture_had_stored_are_not_counted():
+    rate = TokenRate()
+    for outputs in (None, object()):
+        rate.on_predict_batch_start(None, None, None, 0)
+        rate.on_predict_batch_end(None, None, outputs, {"input_ids": torch.zeros(2, 8)}, 0)
+    assert (rate.tokens, rate.sequences) == (16, 2)
 
 
 def test_token_rate_counts_training_tokens(tmp_path, text_file):

@@ -78,7 +78,12 @@ def test_a_hub_set_has_a_name_a_config_and_a_split(source, asked, monkeypatch):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"tekst": "a"}', r"row 1.*text_field='text'.*Did you mean 'tekst'"), ("{", "line 1: no JSON"), ("[1]", "line 1: a list")],
+    [
+        ('{"tekst": "a"}', r"row 1.*text_field='text'.*Did you mean 'tekst'"),
+        ("{", "line 1: no JSON"),
+        ("[1]", "line 1: a list"),
+        (r'{"text": "bad \uD83D tail"}', r"line 1: \\ud83d is half of a surrogate pair"),
+    ],
 )
 def test_bad_rows_are_named(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fulgurite.datamodules import TextDataModule, token_cache
 from fulgurite.errors import InputError
+from fulgurite.modules.pretrained import load_tokenizer
 
 
 def ready(*args, **settings):
@@ -28,6 +31,23 @@ def test_text_is_tokenised_once(documents_file, monkeypatch):
     ready(str(documents_file))
     monkeypatch.setattr(token_cache, "atomic_folder", None)  # a second tokenisation would fail
     assert len(ready(str(documents_file)).train_set) > 0
+
+
+def test_data_of_one_tokenizer_is_not_given_to_a_model_with_another(text_file):
+    def trainer(tokenizer):
+        return SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=tokenizer), global_rank=0, world_size=1)
+
+    data = TextDataModule(str(text_file), block_size=32)
+    data.trainer = trainer(load_tokenizer("random:tiny"))
+    data.setup()
+    data.trainer = trainer(load_tokenizer("random:tiny"))  # of another model, but the same
+    data.train_dataloader()
+    other = load_tokenizer("random:tiny")
+    other.add_tokens(["sand"])
+    data.trainer = trainer(other)
+    data.setup()
+    with pytest.raises(InputError, match="make it anew"):
+        data.train_dataloader()
 
 
 def test_limits_count_tokens(documents_file):

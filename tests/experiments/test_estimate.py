@@ -12,7 +12,7 @@ from fulgurite.callbacks import TrainUntilCondition
 from fulgurite.datamodules import InstructionDataModule, MultiTaskDataModule, TextDataModule, TextTask
 from fulgurite.errors import InputError
 from fulgurite.experiments.cli import run
-from fulgurite.experiments.estimate import Plan, needs
+from fulgurite.experiments.estimate import Plan, needs, plan_of
 from fulgurite.modules import (
     EmulatorDistillation,
     FusionCompression,
@@ -142,6 +142,12 @@ def test_an_estimate_for_a_gpu_is_in_its_types(tmp_path, monkeypatch, capsys, lo
         assert ("bf16-mixed" in said) == (kind == "gpu")
     assert found["cpu"].weights - found["gpu"].weights == found["cpu"].weights // 4  # of two models alike, the teacher in half
     assert fast_in_bfloat16("cpu") is False
+
+
+def test_a_processor_is_one_device_whatever_gpus_there_are(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    counts = [plan_of({"devices": "auto", "accelerator": kind, "max_steps": 1}, data).devices for kind in ("cpu", "gpu")]
+    assert counts == [1, 8]
 
 
 def test_devices_share_or_repeat(data):

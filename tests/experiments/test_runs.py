@@ -3,7 +3,7 @@ import os
 import pytest
 
 from fulgurite.errors import InputError
-from fulgurite.experiments.runs import resolve_last, setting
+from fulgurite.experiments.runs import new_run_name, resolve_last, setting
 
 
 @pytest.fixture
@@ -55,6 +55,11 @@ def test_experiment_of_the_config(runs):
 def test_without_a_checkpoint_it_is_an_error(runs, more, message):
     with pytest.raises(InputError, match=message):
         resolve_last(words(runs, "--ckpt_path", "last", *more))
+
+
+def test_runs_that_begin_in_the_same_second_have_names_of_their_own(tmp_path):
+    names = [new_run_name(tmp_path / "kind") for _ in range(2)]
+    assert names[0] < names[1]
 
 
 def test_other_command_lines_are_left_alone(runs):

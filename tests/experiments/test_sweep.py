@@ -142,6 +142,8 @@ def test_a_bad_trial_is_pruned(start):
         ({"space": {"data.batch_size": [1]}}, "leaves nothing to choose"),
         ({"space": {"data.batch_size": {"low": 4, "high": 2, "integer": True}}}, r"low=4\S* is not below high=2"),
         ({"space": {"model.optimizer.init_args.lr": {"low": 0, "high": 2, "log": True}}}, "logarithmic scale needs low above 0"),
+        ({"space": {"model.optimizer.init_args.lr": {"low": 0, "high": 2, "step": -1}}}, r"step=-1\S* is no distance"),
+        ({"space": {"data.batch_size": {"low": 1, "high": 4, "step": 0.5, "integer": True}}}, r"step=0\.5 is not whole"),
         ({"sampler": "TPSSampler"}, "sampler='TPSSampler' is unknown.*TPESampler"),
         ({"pruner": "Median"}, "pruner='Median' is unknown"),
         ({"sampler_args": {"sed": 1}}, "do not fit TPESampler"),

@@ -47,6 +47,19 @@ def made(documents, trainer=None, **settings):
     return data
 
 
+def test_own_answers_are_of_one_model(documents):
+    def trainer(name):
+        module = SimpleNamespace(source=SimpleNamespace(name=name), tokenizer=tiny_tokenizer())
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        return SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, strategy=strategy)
+
+    data = made(documents, trainer("random:tiny"), answers_from=None)
+    data.setup()
+    data.trainer = trainer("another")
+    with pytest.raises(InputError, match="holds the answers of random:tiny, and the model is now another"):
+        data.setup()
+
+
 def test_the_answers_are_what_the_model_writes_and_they_alone_carry_loss(documents):
     data = made(documents, answer_weights="float32", answer_batch_size=1)
     model = load_model("random:tiny")

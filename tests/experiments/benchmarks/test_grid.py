@@ -2,10 +2,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.text import Text
 
 from fulgurite.experiments.benchmarks import command
+from fulgurite.experiments.benchmarks.cell import _run_step
 from fulgurite.experiments.benchmarks.fingerprints import content_hash
 from fulgurite.experiments.benchmarks.grid import Grid
 from fulgurite.experiments.benchmarks.results import load_results
@@ -127,6 +130,26 @@ def test_a_metric_that_is_not_produced_is_refused_by_name(bench, text_file, caps
     with pytest.raises(SystemExit):
         main(["benchmark", "method", f"--data={text_file.parent}"])
     assert "metric 'loss': validate gives no 'val_los'. It gives: " in capsys.readouterr().err
+
+
+def test_a_training_without_a_step_left_is_done_again_for_its_figures(text_file, tmp_path, capsys):
+    """As one is that was killed behind its last checkpoint."""
+    words = ["fit", "-c", "language_model/finetune", "--model.source=random:tiny", f"--data.train={text_file}"]
+    words += ["--data.block_size=64", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+    words += ["--trainer.max_steps=3", "--trainer.log_every_n_steps=1"]
+    step = {"name": "train", "command": "fit", "metrics": {"loss": "train_loss"}, "curves": ["train_loss"]}
+    first, again = (_run_step(step, words, tmp_path / "runs/cell") for _ in range(2))
+    assert "trained anew" in capsys.readouterr().out
+    assert again["metrics"] == first["metrics"]
+    assert again["cost"]["tokens"] == first["cost"]["tokens"]
+
+
+def test_what_a_log_says_is_shown_as_it_stands(tmp_path):
+    (tmp_path / "log.txt").write_text("answer: 'x [/INST] y [a]'\n")
+    shown = []
+    entry = SimpleNamespace(log=tmp_path / "log.txt", bar=0, begin=0.0, job=SimpleNamespace(name="cell-0"))
+    Grid._watch(None, entry, SimpleNamespace(update=lambda bar, **fields: shown.append(fields["description"])))
+    assert Text.from_markup(shown[0]).plain == "cell-0 answer: 'x [/INST] y [a]'"
 
 
 def test_dry_run_tells_what_is_left_and_how_long_it_takes(bench, text_file, capsys):

@@ -213,6 +213,8 @@ def test_plots_are_the_same_bytes_for_the_same_results(bench, kind):
         once = draw(plan, results, key, kind)
         assert once == draw(plan, results, key, kind)
         assert once[:4] == (b"\x89PNG" if kind == "png" else b"<?xm")
+    alone = bench(lambda spec: spec["report"]["plots"]["map"].update(only=["slow"]))
+    assert draw(alone, results, "map", kind) != draw(plan, results, "map", kind)
     blank = bench(lambda spec: spec["report"]["plots"]["map"].update(y="lost"))
     with pytest.raises(InputError, match="slow has no curve lost_<length>"):
         draw(blank, results, "map", kind)

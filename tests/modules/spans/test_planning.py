@@ -161,6 +161,14 @@ def test_a_head_that_copies_has_the_induction_score():
     assert scores.max() <= 1
 
 
+def test_induction_scores_do_not_depend_on_the_size_of_blocks(monkeypatch):
+    scores = []
+    for block in (7, 1000):
+        monkeypatch.setattr("fulgurite.modules.spans.heads._BLOCK", block)
+        scores.append(induction_scores(model_of("llama"), tokens=40))
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
