@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..files import atomic_folder, check_replaceable
 from ..modules.base import PretrainedModule
 from ..modules.language_model import LanguageModel
+from ..modules.pretrained import load_generation_config
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,10 @@ class ExportPretrained(Callback):
             config["dtype"] = self.dtype or config["dtype"]
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             module.tokenizer.save_pretrained(new)
-            (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(new)
+            generation = model.generation_config
+            if generation is None or generation._from_model_config:  # of a model that was made of a config
+                generation = load_generation_config(module.source.name) or GenerationConfig.from_model_config(model.config)
+            generation.save_pretrained(new)
             (new / "README.md").write_text(model_card(trainer, module, model, step, figures), "utf-8")
             module.write_extras(new)  # some hash what is there
         self.written.append(folder)

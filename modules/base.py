@@ -1,14 +1,16 @@
 """What the suite's systems share: a source, its tokenizer, an optimizer and its schedule."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
@@ -101,9 +103,17 @@ class PretrainedModule(LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        """Tell schedules how long the run is."""
+        """Tell schedules how long the run is; one that begins later is tried, so that it does not fail then.
+
+        Raises:
+            InputError: If nothing says how many steps there will be.
+        """
+        if self._first_step > self.trainer.global_step:  # of an earlier run
+            self._first_step = 0
         for each in self.trainer.lr_scheduler_configs:
             self._set_length(each.scheduler)
+        if self.lr_scheduler is not None and not self.trainer.lr_scheduler_configs:
+            self._set_length(self.lr_scheduler(SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)))
 
     def _set_length(self, scheduler: Any) -> None:
         """Tell a schedule how long the run is, once the Trainer has its data.
@@ -111,9 +121,14 @@ class PretrainedModule(LightningModule):
         The estimate would make it prepare them, and data that were prepared before a checkpoint's loops were restored begin at
         the first batch again.
         """
-        unknown = isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None
-        if unknown and self.trainer.train_dataloader is not None:
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches) - self._first_step)
+        if isinstance(scheduler, WarmupCosine) and scheduler.estimated and self.trainer.train_dataloader is not None:
+            steps = self.trainer.estimated_stepping_batches
+            if not 0 < steps < math.inf:
+                raise InputError(
+                    "lr_scheduler: WarmupCosine follows the length of the run, and nothing says how many steps it has. Give "
+                    "trainer.max_steps, or the schedule's total_steps."
+                )
+            scheduler.set_total_steps(int(steps) - self._first_step)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

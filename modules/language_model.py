@@ -119,8 +119,8 @@ class LanguageModel(PretrainedModule):
         self.generation.kwargs()
         self.model: PreTrainedModel | None = None
         self._byte_lengths: Tensor | None = None
-        # Of validation or test.
-        self.mean_loss, self.token_count, self.byte_count = MeanMetric(), SumMetric(), SumMetric()
+        # Of validation or test. A loss that is no number is not hidden.
+        self.mean_loss, self.token_count, self.byte_count = MeanMetric(nan_strategy=math.nan), SumMetric(), SumMetric()
         # Of the event "the most likely token is right", whose probability is the confidence.
         self.calibration_error = BinaryCalibrationError(n_bins=15, validate_args=False)
 
@@ -285,9 +285,12 @@ class LanguageModel(PretrainedModule):
         prompts, mask = batch["input_ids"], batch.get("attention_mask")
         if mask is None:
             prompts = prompts[:, : self.generation.prompt_tokens]
-            mask = torch.ones_like(prompts)
+            places = torch.arange(prompts.shape[1], device=prompts.device)
+            padding = (len(places) - batch["lengths"]).clamp(min=0)[:, None] if "lengths" in batch else 0
+            prompts = prompts.gather(1, ((places - padding) % len(places)).expand_as(prompts))  # from the right to the left
+            mask = (places >= padding).expand_as(prompts).long()
         texts = self.tokenizer.batch_decode(self._written(prompts, mask), skip_special_tokens=True)
-        asked = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        asked = self.tokenizer.batch_decode([row[own.bool()] for row, own in zip(prompts, mask)], skip_special_tokens=True)
         return [{"prompt": prompt, "text": text} for prompt, text in zip(asked, texts)]
 
     def _written(self, prompts: Tensor, mask: Tensor) -> Tensor:

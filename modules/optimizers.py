@@ -46,15 +46,31 @@ class MuonAdamW(Optimizer):
         params = list(params)
         if not params:
             raise InputError("MuonAdamW: params is empty, so there is nothing to train.")
+        self._rates: dict[str, float] = {"lr": lr, "adamw_lr": adamw_lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([{"params": params}], {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters: the matrices among them to Muon, the rest to AdamW.
+
+        Args:
+            param_group: ``params``, and where they differ ``lr``, ``adamw_lr``, ``weight_decay`` and ``momentum``; or a group
+                that has all settings of Muon or of AdamW, as those of ``param_groups`` have.
+        """
+        if "ns_steps" in param_group or "betas" in param_group:
+            super().add_param_group(param_group)
+            self._share()
+            return
+        own = {**self._rates, **param_group}
+        params = [own["params"]] if isinstance(own["params"], Tensor) else list(own["params"])
         matrices = [param for param in params if param.ndim == 2 and max(param.shape) <= _TABLE * min(param.shape)]
         chosen = {id(param) for param in matrices}
         rest = [param for param in params if id(param) not in chosen]
-        parts: list[Optimizer] = []
         if matrices:
-            parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum))
+            muon = Muon(matrices, lr=own["lr"], weight_decay=own["weight_decay"], momentum=own["momentum"])
+            super().add_param_group(muon.param_groups[0])
         if rest:
-            parts.append(AdamW(rest, lr=adamw_lr, weight_decay=weight_decay, fused=True))
-        super().__init__([group for part in parts for group in part.param_groups], {})
+            adamw = AdamW(rest, lr=own["adamw_lr"], weight_decay=own["weight_decay"], fused=True)
+            super().add_param_group(adamw.param_groups[0])
         self._share()
 
     def _share(self) -> None:
@@ -64,6 +80,10 @@ class MuonAdamW(Optimizer):
             part = (Muon if "ns_steps" in group else AdamW)(group["params"])
             part.param_groups, part.state = [group], self.state
             self._parts.append(part)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over."""
+        return {**super().__getstate__(), "_rates": self._rates}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a loaded or copied state."""

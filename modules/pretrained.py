@@ -26,6 +26,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -254,6 +255,8 @@ def load_model(source: str, dtype: Dtype = "float32", *, attn_implementation: st
     resolved = resolve_source(source)
     if resolved.name == "random:tiny":
         model = tiny_model().to(getattr(torch, dtype))
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
     else:
         model = _reach(
             resolved,
@@ -287,6 +290,17 @@ def load_config(source: str):
     if resolved.name == "random:tiny":
         return tiny_model().config
     return _reach(resolved, lambda: AutoConfig.from_pretrained(resolved.folder()))
+
+
+def load_generation_config(source: str) -> GenerationConfig | None:
+    """Load what a source says of generation (ends of a text, sampling); None where it says nothing or cannot be read now."""
+    resolved = resolve_source(source)
+    if resolved.name == "random:tiny":
+        return None
+    try:
+        return GenerationConfig.from_pretrained(resolved.folder())
+    except OSError:
+        return None
 
 
 def check_sizes(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -325,6 +339,18 @@ def model_identity(model: PreTrainedModel) -> list[Any]:
     return [model_fingerprint(model), str(model.dtype), json.loads(json.dumps(config, sort_keys=True, default=str))]
 
 
+# What configs call a soft cap or a scale of logits.
+_OF_LOGITS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+
+
 def head_weight(model: PreTrainedModel) -> torch.Tensor:
     """Return the weight of a causal model's head [vocabulary, hidden size], with which ``hidden_states @ weight.T`` is exact.
 
@@ -333,7 +359,7 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
-    extras = {name: getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")}
+    extras = {name: getattr(config, name, None) for name in _OF_LOGITS}
     extras = {name: value for name, value in extras.items() if value not in (None, 1, 1.0)}
     if head is None or getattr(head, "bias", None) is not None or extras:
         raise SourceError(

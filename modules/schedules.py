@@ -15,7 +15,7 @@ class WarmupCosine(LambdaLR):
         optimizer: Optimizer whose learning rates are the peak.
         warmup: Share of all optimizer steps spent warming up, in [0, 1).
         floor: Learning rate at the end, as a share of the peak, in [0, 1].
-        total_steps: Number of optimizer steps of the run; None takes the Trainer's estimate.
+        total_steps: Number of optimizer steps of the run; None takes the Trainer's estimate, of a run that goes on anew.
 
     Raises:
         InputError: If a share is out of range.
@@ -27,6 +27,7 @@ class WarmupCosine(LambdaLR):
         if not 0 <= floor <= 1:
             raise InputError(f"floor={floor} is no share of the learning rate. Legal: 0 to 1.")
         self.warmup, self.floor, self.total_steps = warmup, floor, total_steps
+        self.estimated = total_steps is None
         super().__init__(optimizer, self._factor)
 
     def _factor(self, step: int) -> float:

@@ -104,13 +104,13 @@ def layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def block_influence(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def block_influence(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Measure how much each layer changes the residual stream (ShortGPT, arXiv 2403.03853, equation 1).
 
     Args:
         model: Causal language model.
-        input_ids: Token ids [batch, length].
-        position_ids: Positions [batch, length] that restart with each packed document.
+        batch: Token ids ``input_ids`` [batch, length], and where they are known ``position_ids`` [batch, length], which restart
+            with each packed document, and ``lengths`` [batch], behind which there is padding.
 
     Returns:
         1 - mean cosine similarity of each layer's input and output [layers], float32.
@@ -132,9 +132,13 @@ def block_influence(model: PreTrainedModel, input_ids: Tensor, position_ids: Ten
     training = model.training
     try:
         model.eval()
-        for row in range(len(input_ids)):
-            positions = None if position_ids is None else position_ids[row : row + 1].to(model.device)
-            model.base_model(input_ids=input_ids[row : row + 1].to(model.device), position_ids=positions, use_cache=False)
+        for row in range(len(batch["input_ids"])):
+            tokens = int(batch["lengths"][row]) if "lengths" in batch else None
+            ids, positions = (
+                batch[name][row : row + 1, :tokens].to(model.device) if name in batch else None
+                for name in ("input_ids", "position_ids")
+            )
+            model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
         model.train(training)
         for handle in handles:
@@ -178,7 +182,7 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
     Args:
         model: The large model.
         spec: The student.
-        calibration: Batch with ``input_ids`` and ``position_ids`` [batch, length], for block influence.
+        calibration: Batch for ``block_influence``.
 
     Returns:
         A model of the same class with fewer layers, or a random one of the changed config.
@@ -188,7 +192,9 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
     """
     spec.check(model.config)
     if spec.fresh is not None:
-        return AutoModelForCausalLM.from_config(fresh_config(model.config, spec.fresh), dtype=model.dtype)
+        return AutoModelForCausalLM.from_config(
+            fresh_config(model.config, spec.fresh), dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
     keep = spec.keep_layers
     if isinstance(keep, LayerChoice):
         influence = None
@@ -198,7 +204,7 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
                     "student.keep_layers.by='block_influence' needs tokens of the training data: fit with a datamodule of "
                     "this suite, or pass calibration={'input_ids': ...}, or give by='even' or a list."
                 )
-            influence = block_influence(model, calibration["input_ids"], calibration.get("position_ids"))
+            influence = block_influence(model, calibration)
         keep = choose_layers(model, keep, influence)
         log.info("The student keeps the layers %s", keep)
     if keep is not None:

@@ -14,7 +14,7 @@ from ...modules.fusion.fused import materialise
 from ...modules.fusion.reading import text_loss
 from ...modules.fusion.statistics import rows_of
 from ...modules.optimizers import MuonAdamW
-from ...modules.precision import Dtype
+from ...modules.precision import Dtype, compute_device
 from ...modules.pretrained import load_model
 from ..measuring import extra_memory, pairs
 
@@ -53,13 +53,14 @@ def decoding(*, seed: int, model: str, source: str, tokens: int, rounds: int, we
         ``parameters`` and ``parameters_without_embedding`` of the small model; ``bytes`` of its weights on disk;
         ``decode_tokens_per_second``, and ``decode_speedup`` against the large model.
     """
-    small, large = (load_model(name, weights).eval() for name in (model, source))
-    prompt = torch.randint(0, int(small.config.vocab_size), (1, 64), generator=torch.Generator().manual_seed(seed))
+    device: Any = compute_device()
+    small, large = (load_model(name, weights).to(device).eval() for name in (model, source))
+    prompt = torch.randint(0, int(small.config.vocab_size), (1, 64), generator=torch.Generator().manual_seed(seed)).to(device)
 
     def write(written_by: Any) -> None:
         written_by.generate(
-            input_ids=prompt.to(written_by.device),
-            attention_mask=torch.ones_like(prompt).to(written_by.device),
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
@@ -99,9 +100,10 @@ def operator_step(
         operators needs more. As shares of ``small_bytes``: ``beyond_share``; ``total_share``, with ``operator_bytes``.
     """
     torch.manual_seed(seed)
-    large = load_model(source, "float32")
-    ids = torch.randint(0, int(large.config.vocab_size), (tokens // _LENGTH, _LENGTH))
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(_LENGTH).expand_as(ids)}
+    device: Any = compute_device()
+    large: PreTrainedModel = load_model(source, "float32").to(device)
+    ids = torch.randint(0, int(large.config.vocab_size), (tokens // _LENGTH, _LENGTH)).to(device)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(_LENGTH, device=device).expand_as(ids)}
     forms = OperatorForms(neurons=form, heads=form)  # type: ignore[arg-type]
     start = LearnedFusion(refit=False, fold=False, order="joint", operators=forms)
     resolved = FusionShape(**shape).resolve(large.config)
@@ -137,7 +139,7 @@ def _stepper(
     optimizer = MuonAdamW([part for part in model.parameters() if part.requires_grad], lr=1e-5)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(compute_device(), torch.bfloat16):
             loss = text_loss(model, batch).loss
         loss.backward()
         optimizer.step()

@@ -1,6 +1,7 @@
 """Distillation of a student from a teacher's stored or online soft labels."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,10 @@ from .loss import Divergence, FullVocabularyTargets, KeptLabelTargets, Remainder
 from .teacher import teacher_labels, teacher_states
 
 log = logging.getLogger(__name__)
+
+_NO_LABELS = (
+    "Distillation needs soft labels: use --data SoftLabelDataModule with a store, or name an online teacher with --model.teacher."
+)
 
 
 class SoftLabelDistillation(LanguageModel):
@@ -117,7 +122,7 @@ class SoftLabelDistillation(LanguageModel):
         self.teacher_weights = frozen_dtype(teacher_weights)
         self._label_vocabulary: Tensor | None = None
         self._teacher: list[PreTrainedModel] = []  # in a list: no part of checkpoints, of DDP or of the optimizer
-        self.mean_kl, self.mean_agreement = MeanMetric(), MeanMetric()
+        self.mean_kl, self.mean_agreement = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
 
     def configure_model(self) -> None:
         """Load the student, and the online teacher where one is named."""
@@ -180,6 +185,8 @@ class SoftLabelDistillation(LanguageModel):
         targets = shift_labels(batch["labels"])
         supervised = targets != -100
         soft_targets = self.soft_targets(batch)
+        if soft_targets is None and self.training and self.soft_weight:  # data of others, which nothing was known of before
+            raise InputError(_NO_LABELS)
         states, weight, labels = self.hidden_states(batch)[supervised], head_weight(self.model), targets[supervised]
         restricted = self._label_vocabulary is not None and self.training
         if restricted:
@@ -267,10 +274,7 @@ class SoftLabelDistillation(LanguageModel):
         data = getattr(self.trainer, "datamodule", None)
         stored = getattr(data, "has_soft_labels", None)
         if self.teacher_source is None and stored is False:
-            raise InputError(
-                "Distillation needs soft labels: use --data SoftLabelDataModule with a store, or name an online teacher "
-                "with --model.teacher."
-            )
+            raise InputError(_NO_LABELS)
         if stored and self.selection != LabelSettings():
             log.warning("model.selection is ignored: the labels were selected when they were stored.")
         if self.third_vocabulary and data is not None:

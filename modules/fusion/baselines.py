@@ -242,4 +242,6 @@ class FreshModel(FusionStart):
 
     def build(self, large: PreTrainedModel, shape: FusionShape, rows: Rows) -> Built:
         """See ``FusionStart``."""
-        return AutoModelForCausalLM.from_config(shape.config(large.config), dtype=large.dtype), None
+        attention = large.config._attn_implementation
+        config = shape.config(large.config)
+        return AutoModelForCausalLM.from_config(config, dtype=large.dtype, attn_implementation=attention), None

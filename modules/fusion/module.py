@@ -28,7 +28,7 @@ from ..precision import Dtype, FrozenDtype
 from ..pretrained import load_config, load_model
 from ..student import decoder_layers, layer_outputs, shared_parts
 from .fused import materialise
-from .reading import readable, text_loss
+from .reading import hidden_distance, readable, text_loss
 from .shape import FusionShape
 from .starts import FusionStart, LearnedFusion, Stage
 from .statistics import Rows, rows_of
@@ -228,6 +228,9 @@ class FusionCompression(SoftLabelDistillation):
     def begin_next_stage(self) -> None:
         """Write out the small model that the operators made, and go on with it; ``TrainUntilCondition`` calls this."""
         self._leave_stage()
+        self._set_up_optimizers()
+
+    def _set_up_optimizers(self) -> None:
         self._first_step = self.trainer.global_step
         strategy = self.trainer.strategy
         strategy.setup_optimizers(self.trainer)
@@ -311,7 +314,9 @@ class FusionCompression(SoftLabelDistillation):
 
     def on_train_end(self) -> None:
         """Leave a plain model behind, and say what came of it."""
-        self.prepare_export()
+        if not self.in_last_stage:
+            self.prepare_export()
+            self._set_up_optimizers()  # for checkpoints that are saved from now on
         assert self.model is not None
         self._measure({"small model": self.model})
         if self.learnt and isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero and can_draw():
@@ -345,16 +350,10 @@ class FusionCompression(SoftLabelDistillation):
         with layer_outputs(self.model) as ours, layer_outputs(teacher) as theirs:
             parts = super().loss_parts(batch)
         operators: Any = self.model.operators
-        residual = operators.residual
         supervised = shift_labels(batch["labels"]) != -100
-        distances = []
-        for states, place in zip(ours, behind):
-            wide = states[supervised] if residual is None else residual.expand(states[supervised])
-            target = theirs[place][supervised]
-            if wide.shape != target.shape:  # the width stage's operator is gone
-                return parts
-            distances.append(1 - torch.cosine_similarity(wide.float(), target.float(), dim=-1).mean())
-        distance = torch.stack(distances).mean()
+        distance = hidden_distance(operators.residual, ours, (theirs[place] for place in behind), supervised)
+        if distance is None:  # the width stage's operator is gone
+            return parts
         self.log("train_hidden", distance.detach())
         return replace(parts, loss=parts.loss + self.hidden_weight * distance)
 

@@ -75,8 +75,11 @@ class FusionShape:
     def _check_kept(self, sizes: dict[str, int]) -> None:
         """Refuse what would change the layers that stay."""
         layers = self.num_hidden_layers or sizes["num_hidden_layers"]
-        if not 0 <= self.kept_layers <= layers:
-            raise InputError(f"shape.kept_layers={self.kept_layers}: the small model has {layers} layers. Legal: 0 to {layers}.")
+        if not 0 <= self.kept_layers < layers:
+            raise InputError(
+                f"shape.kept_layers={self.kept_layers}: the small model has {layers} layers, and one at least is to be fused. "
+                f"Legal: 0 to {layers - 1}."
+            )
         for name, size in sizes.items():
             if name != "num_hidden_layers" and getattr(self, name) not in (None, size):
                 raise InputError(
@@ -119,7 +122,7 @@ class FusionShape:
         assert self.parameters is not None
         budget, layers, neurons = self.parameters, config.num_hidden_layers, config.intermediate_size
         base = replace(self, parameters=None)
-        depths = [self.num_hidden_layers] if self.num_hidden_layers else range(layers, 0, -1)
+        depths = [self.num_hidden_layers] if self.num_hidden_layers else range(layers, self.kept_layers, -1)
         # A model has fixed + depth * (layer + neuron * width) parameters.
         one, two, wide = (
             count_parameters(config, replace(base, num_hidden_layers=depth, intermediate_size=width))

@@ -265,9 +265,7 @@ def important_layers(model: PreTrainedModel, count: int, rows: Rows, first: int 
         first: So many of the first ones are kept in any case.
     """
     tokens = sum(row["input_ids"].numel() for row in rows)
-    influence = sum(
-        block_influence(model, row["input_ids"], row["position_ids"]) * (row["input_ids"].numel() / tokens) for row in rows
-    )
+    influence = sum(block_influence(model, row) * (row["input_ids"].numel() / tokens) for row in rows)
     assert isinstance(influence, torch.Tensor)
     influence[:first] = torch.inf
     return sorted(influence.argsort(descending=True, stable=True)[:count].tolist())

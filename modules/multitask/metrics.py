@@ -24,7 +24,8 @@ class TaskMetrics(nn.Module):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
-        self.loss, self.count = MeanMetric(nan_strategy="disable"), SumMetric()  # a loss that is not finite is not hidden
+        # A loss that is no number is not hidden; "disable" would leave the weights out.
+        self.loss, self.count = MeanMetric(nan_strategy=math.nan), SumMetric()
         self.right = MeanMetric() if objective.predicts_tokens else None
         classes = len(objective.classes)
         own: dict[str, Metric] = {}

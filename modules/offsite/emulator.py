@@ -74,7 +74,7 @@ class EmulatorSpec:
 
         Args:
             model: The owner's.
-            calibration: Batch with ``input_ids`` and ``position_ids`` [batch, length], for block influence.
+            calibration: Batch for ``block_influence``.
 
         Raises:
             InputError: If it cannot be made, or there are no calibration tokens.
@@ -92,7 +92,7 @@ class EmulatorSpec:
                 "emulator.by='block_influence' needs tokens of the training data: fit with a datamodule of this suite, or give "
                 "by='even' or a list of layers."
             )
-        influence = block_influence(model, calibration["input_ids"], calibration.get("position_ids"))
+        influence = block_influence(model, calibration)
         order = influence.argsort(descending=True, stable=True).tolist()
         return first + sorted([layer for layer in order if layer >= self.identical][:rest])
 

@@ -2,13 +2,14 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fulgurite.callbacks import FixedRate, GradientPruning
 from fulgurite.datamodules import TextDataModule
 from fulgurite.errors import InputError
-from fulgurite.modules import LanguageModel, SoftLabelDistillation, WarmupCosine
+from fulgurite.modules import FusionCompression, LanguageModel, SoftLabelDistillation, WarmupCosine
+from fulgurite.modules.fusion import FusionShape
 from fulgurite.modules.language_model import GenerationSettings
 from fulgurite.modules.student import LayerChoice, StudentSpec
 
@@ -66,7 +67,7 @@ def test_checkpoint_of_plain_python_loads_with_weights_only(tmp_path, text_file,
     model = kind("random:tiny", student=StudentSpec(LayerChoice(2)), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     run = trainer(tmp_path, max_steps=2)
     if kind is SoftLabelDistillation:
-        model.on_fit_start = lambda: None  # hard labels only
+        model.on_fit_start, model.soft_weight = lambda: None, 0.0  # hard labels only
     run.fit(model, TextDataModule(str(text_file), block_size=64))
     run.save_checkpoint(tmp_path / "model.ckpt")
     loaded = kind.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
@@ -127,6 +128,55 @@ def test_left_padded_prompts_are_answered_as_alone():
     alone = [model.predict_step({"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}, 0)[0] for row in ids]
     assert together == alone
     assert [row["prompt"] for row in together] == prompts
+
+
+def test_padding_behind_a_row_is_no_part_of_its_prompt():
+    model = build(generation=GenerationSettings(max_new_tokens=6, prompt_tokens=12))
+    model.configure_model()
+    model.model.eval()
+    ids = [torch.tensor(model.tokenizer(prompt).input_ids) for prompt in ("sand", "lightning strikes the sand")]
+    lengths = torch.tensor([len(row) for row in ids])
+    batch = {"input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), "lengths": lengths}
+    together = model.predict_step(batch, 0)
+    assert together == [model.predict_step({"input_ids": row[None]}, 0)[0] for row in ids]
+    assert [row["prompt"] for row in together] == ["sand", "lightning st"]
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, FusionCompression])
+def test_a_schedule_without_a_length_is_refused_at_the_start(tmp_path, text_file, kind):
+    settings = {"shape": FusionShape(intermediate_size=48)} if kind is FusionCompression else {}
+    model = kind("random:tiny", lr_scheduler=WarmupCosine, **settings)
+    run = trainer(tmp_path, max_epochs=-1, max_time="00:00:01:00", limit_val_batches=0)
+    with pytest.raises(InputError, match=r"nothing says how many steps it has. Give trainer\.max_steps"):
+        run.fit(model, TextDataModule(str(text_file), block_size=64, batch_size=8))
+    assert run.global_step == 0
+
+
+def test_a_run_that_gets_more_steps_gets_their_schedule(tmp_path, text_file):
+    def rates(steps, checkpoint=None):
+        seen = []
+
+        class Record(Callback):
+            def on_train_batch_start(self, trainer, *_):
+                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        run = trainer(tmp_path, max_steps=steps, max_epochs=-1, limit_val_batches=0, callbacks=[Record()])
+        data = TextDataModule(str(text_file), block_size=64, batch_size=8)
+        run.fit(build(lr_scheduler=WarmupCosine), data, ckpt_path=checkpoint)
+        run.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return seen
+
+    rates(4)
+    assert rates(8, tmp_path / "4.ckpt") == pytest.approx(rates(8)[4:])
+
+
+def test_a_loss_that_is_no_number_is_not_hidden():
+    for mean in (build().mean_loss, SoftLabelDistillation("random:tiny").mean_kl):
+        mean.update(torch.tensor(5.0), 10)
+        mean.update(torch.tensor(2.0), 20)
+        assert float(mean.compute()) == 3.0
+        mean.update(torch.tensor(math.nan), 10)
+        assert math.isnan(mean.compute())
 
 
 @pytest.mark.slow

@@ -60,6 +60,18 @@ def test_a_schedule_reaches_both_and_a_closure_gives_its_loss() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_a_group_that_is_added_is_trained_at_its_rates() -> None:
+    net = model()
+    own = [net[3].weight, net[3].bias]
+    optimizer = MuonAdamW([param for param in net.parameters() if all(param is not one for one in own)], lr=0.02)
+    optimizer.add_param_group({"params": own, "lr": 0.5, "adamw_lr": 0.25})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 1e-4, 0.5, 0.25]
+    before = [param.clone() for param in own]
+    gradients(net, 0)
+    optimizer.step()
+    assert not any(torch.equal(param, old) for param, old in zip(own, before))
+
+
 @pytest.mark.parametrize("way", ["state_dict", "copy"])
 def test_going_on_gives_the_same_steps(way: str) -> None:
     net = model()

@@ -148,9 +148,11 @@ def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
 def test_head_that_is_more_than_a_product_is_refused():
     model = tiny_model()
     assert head_weight(model) is model.lm_head.weight
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(SourceError, match="final_logit_softcapping"):
-        head_weight(model)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier"):
+        setattr(model.config, name, 30.0)
+        with pytest.raises(SourceError, match=name):
+            head_weight(model)
+        setattr(model.config, name, None)
 
 
 def test_byte_lengths_add_up_to_the_text():

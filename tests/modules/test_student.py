@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fulgurite.errors import InputError
+from fulgurite.modules.pretrained import load_model
 from fulgurite.modules.student import LayerChoice, StudentSpec, block_influence, build_student, choose_layers
 from fulgurite.modules.tiny import tiny_model
 
@@ -25,9 +26,15 @@ def test_block_influence_equals_the_cosine_of_hidden_states():
     with torch.no_grad():
         states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states, states[1:-1])]
-    measured = block_influence(model, ids)
+    measured = block_influence(model, {"input_ids": ids})
     assert torch.allclose(measured[:-1], torch.stack(expected), atol=1e-5)
     assert len(measured) == 4
+
+
+def test_padding_has_no_influence():
+    ids = torch.randint(3, 259, (1, 40), generator=torch.Generator().manual_seed(0))
+    padded = {"input_ids": torch.nn.functional.pad(ids, (0, 60)), "lengths": torch.tensor([40])}
+    assert torch.equal(block_influence(tiny_model(), padded), block_influence(tiny_model(), {"input_ids": ids}))
 
 
 def test_even_choice_holds_first_and_last():
@@ -46,6 +53,12 @@ def test_fresh_student_is_random_and_smaller():
     student = build_student(tiny_model(), StudentSpec(fresh={"num_hidden_layers": 1, "intermediate_size": 16}))
     assert student.config.num_hidden_layers == len(student.model.layers) == 1
     assert student.model.layers[0].mlp.up_proj.weight.shape == (16, 32)
+
+
+def test_fresh_student_has_the_attention_that_was_asked_for():
+    model = load_model("random:tiny", attn_implementation="eager")
+    student = build_student(model, StudentSpec(fresh={"num_hidden_layers": 1}))
+    assert {each.config._attn_implementation for each in (model, student)} == {"eager"}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_influence_without_tokens_says_what_to_do():
 def test_tiny_model_and_influence_are_the_same_where_new_tensors_stand_elsewhere():
     """As on a GPU, where Lightning has models made."""
     ids = torch.randint(3, 200, (2, 9))
-    expected = block_influence(tiny_model(), ids)
+    expected = block_influence(tiny_model(), {"input_ids": ids})
     with torch.device("meta"):
-        found = block_influence(tiny_model(), ids)
+        found = block_influence(tiny_model(), {"input_ids": ids})
     assert torch.equal(found, expected)

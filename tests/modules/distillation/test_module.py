@@ -160,6 +160,12 @@ def test_teacher_is_no_part_of_the_student(teacher_folder):
 def test_no_labels_at_all_are_refused(tmp_path, text_file):
     with pytest.raises(InputError, match="SoftLabelDataModule"):
         trainer(tmp_path).fit(student(), text(text_file))
+    data = text(text_file, tokenizer="random:tiny")
+    data.prepare_data()
+    data.setup()
+    loader = torch.utils.data.DataLoader(data.train_set, batch_size=4)  # which says nothing of labels
+    with pytest.raises(InputError, match="SoftLabelDataModule"):
+        trainer(tmp_path).fit(student(), loader)
 
 
 def test_teacher_with_another_tokenizer_is_refused(tmp_path, text_file):

@@ -220,7 +220,10 @@ def test_operators_learn(here):
             ["--model.shape.kept_layers=1"],
             "kept_layers=1 keeps layers as wide as they are, but shape.intermediate_size=48 is not",
         ),
-        ([DEPTH, "--model.shape.kept_layers=3"], "shape.kept_layers=3: the small model has 2 layers. Legal: 0 to 2"),
+        (
+            [DEPTH, "--model.shape.kept_layers=3"],
+            "shape.kept_layers=3: the small model has 2 layers, and one at least is to be fused. Legal: 0 to 1",
+        ),
         ([DEPTH, "--model.shape.kept_layers=1", "--model.start=AverageLayers"], "start=AverageLayers changes layers wherever"),
         ([DEPTH, "--model.shape.kept_layers=1", "--model.start.operators.residual=dense"], "changes every layer, but"),
     ],

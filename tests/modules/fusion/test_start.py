@@ -21,6 +21,7 @@ from fulgurite.modules.fusion.selection import fold
 from fulgurite.modules.fusion.shape import count_parameters
 from fulgurite.modules.fusion.statistics import Moments, rows_of, taylor_scores
 from fulgurite.modules.student import keep_layers
+from fulgurite.modules.tiny import tiny_model
 
 from .small import LAYERS, batch_of, logits, model_of, text
 
@@ -40,6 +41,13 @@ from .small import LAYERS, batch_of, logits, model_of, text
 def test_shapes_that_cannot_be_are_refused_with_the_numbers(sizes, message):
     with pytest.raises(InputError, match=message):
         FusionShape(**sizes).resolve(model_of("llama").config)
+
+
+def test_a_budget_leaves_the_kept_layers_and_one_more():
+    config = tiny_model().config
+    assert FusionShape(parameters=40_000, kept_layers=2).resolve(config).num_hidden_layers == 3
+    with pytest.raises(InputError, match=r"shape.parameters=33,000 is too few: .* the least is 45,440"):
+        FusionShape(parameters=33_000, kept_layers=3).resolve(config)
 
 
 def test_unknown_architecture_is_refused():
