@@ -194,13 +194,17 @@ class NetLab:
     @contextmanager
     def changing(self, act: Callable[["NetLab", int], None], seconds: float) -> Iterator[None]:
         """Call a function of the lab and a counter every so many seconds while the block runs."""
-        stop = threading.Event()
+        stop, failed = threading.Event(), list[Exception]()
 
         def repeat() -> None:
             turn = 0
             while not stop.wait(seconds):
                 turn += 1
-                act(self, turn)
+                try:
+                    act(self, turn)
+                except Exception as error:  # raised below: what is measured from now on is of another link
+                    failed.append(error)
+                    return
 
         thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
@@ -209,6 +213,8 @@ class NetLab:
         finally:
             stop.set()
             thread.join()
+        if failed:
+            raise failed[0]
 
     def _remove(self) -> None:
         _remove_spaces(self.name)

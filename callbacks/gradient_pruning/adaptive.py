@@ -141,6 +141,7 @@ class Adaptive(PruningPolicy):
             "packing_seconds": {rung: list(seconds) for rung, seconds in self.packing_seconds.items()},
             "delay": self.delay,
             "rung": self.rung,
+            "ladder": self.ladder,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,6 +150,8 @@ class Adaptive(PruningPolicy):
         self.byte_seconds.extend(state["byte_seconds"])
         self.hidden_seconds.extend(state["hidden_seconds"])
         self.compute_seconds.extend(state["compute_seconds"])
+        ladder = state.get("ladder", self.ladder)
         for rung, seconds in state["packing_seconds"].items():
-            self.packing_seconds[rung].extend(seconds)
-        self.delay, self.rung = state["delay"], state["rung"]
+            if ladder[rung] in self.ladder:
+                self.packing_seconds[self.ladder.index(ladder[rung])].extend(seconds)
+        self.delay, self.rung = state["delay"], nearest_rung(self.ladder, ladder[state["rung"]])

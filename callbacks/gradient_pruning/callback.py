@@ -1,7 +1,9 @@
 """The callback that prunes gradients in a Lightning Trainer."""
 
+import copy
 import logging
 import math
+import secrets
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +22,12 @@ from ...process_group import leave_group_at_exit
 from ..newest_checkpoint import NewestCheckpoint
 from .adaptive import Adaptive
 from .hook import DenseFormat, GradientExchange
+from .kept_back import KeptBackFiles
 from .policy import Measurement, PruningPolicy
 from .wire import ValueBits
 
 log = logging.getLogger(__name__)
 AtCheckpoint = Literal["flush", "save", "drop"]
-_KEPT_BACK = "gradient_pruning_kept_back"  # where a checkpoint says that the ranks' files lie
 # What gloo and NCCL say when a peer is gone.
 _LOST = (
     "Connection closed by peer",
@@ -116,15 +118,20 @@ class GradientPruning(Callback):
             raise InputError(f"at_checkpoint={at_checkpoint!r} is unknown. Legal: flush, save, drop.")
         self.at_checkpoint, self.check_every = at_checkpoint, check_every
         self.exchange: GradientExchange | None = None
-        self.rate: float | None = None  # None in the warm-up
-        self.warmup_rate = 0.0
-        self._kept_back: Path | None = None
-        self._losses: list[Tensor] = []
-        self._numbers: Tensor | None = None
-        self._gathered: tuple[Any, list[Tensor]] | None = None
+        self._unused_policy = copy.deepcopy(vars(self.policy))
+        self._begin_anew()
         self._batch_begin = 0.0
         self._seconds = 0.0  # of the step's batches that are over
         self._hooked: DistributedDataParallel | None = None
+
+    def _begin_anew(self) -> None:
+        self.rate: float | None = None  # None in the warm-up
+        self.warmup_rate = 0.0
+        self._kept_back = KeptBackFiles()
+        self._resumed: Path | None = None
+        self._losses: list[Tensor] = []
+        self._numbers: Tensor | None = None
+        self._gathered: tuple[Any, list[Tensor]] | None = None
 
     # Before training
 
@@ -143,12 +150,20 @@ class GradientPruning(Callback):
                 "GradientPruning does not work with manual optimisation (automatic_optimization=False): it could not tell an "
                 "optimizer step from another backward pass."
             )
+        if getattr(pl_module, "phase", None) == "split":
+            raise InputError(
+                "GradientPruning does not work with phase: split: the owner's gradients come after it. Leave it out."
+            )
         plugin = trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             raise InputError(
                 "GradientPruning does not work with precision=16-mixed: what is kept back would be in the units of another loss "
                 "scale. Use bf16-mixed."
             )
+        if not trainer.global_step:  # else the same Trainer goes on; a checkpoint is loaded later
+            vars(self.policy).update(copy.deepcopy(self._unused_policy))
+            self._begin_anew()
+        self._kept_back.run = trainer.strategy.broadcast(secrets.token_hex(4))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the exchange into DDP's backward pass."""
@@ -159,9 +174,9 @@ class GradientPruning(Callback):
         model = trainer.strategy.model if isinstance(trainer.strategy.model, DistributedDataParallel) else None
         some_unused = model is not None and (model.find_unused_parameters or model.static_graph)
         self.exchange = GradientExchange(names, **self.settings, some_unused=some_unused)
-        if self._kept_back is not None:
-            self.exchange.load(_rank_file(self._kept_back, self.exchange.rank), pl_module.device)
-            self._kept_back = None
+        if self._resumed is not None:
+            self.exchange.load(self._resumed, pl_module.device)
+            self._resumed = None
         self.parameters = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         self.entries = sum(parameter.numel() for parameter in self.parameters)
         self.bytes_at = self.exchange.bytes_at(list(self.parameters))
@@ -363,11 +378,7 @@ class GradientPruning(Callback):
         if exchange is None or not exchange.residuals or exchange.flush:
             return
         if self.at_checkpoint == "save":
-            folder = Path(trainer.default_root_dir).absolute() / "kept-back"
-            exchange.save(_rank_file(folder / str(trainer.global_step), exchange.rank))
-            checkpoint[_KEPT_BACK] = str(folder / str(trainer.global_step))
-            for old in sorted(folder.iterdir(), key=lambda path: int(path.name))[:-2]:
-                _rank_file(old, exchange.rank).unlink(missing_ok=True)
+            self._kept_back.save(exchange, Path(trainer.default_root_dir), trainer.global_step, checkpoint)
         elif self.at_checkpoint == "flush" and trainer.is_global_zero:
             log.warning(
                 "A checkpoint was saved that the callback did not foresee: what its ranks had not sent yet is not in it, and a "
@@ -380,17 +391,9 @@ class GradientPruning(Callback):
         Raises:
             InputError: If its file is gone.
         """
-        if trainer.state.fn != "fit" or _KEPT_BACK not in checkpoint or self.at_checkpoint != "save":
+        if trainer.state.fn != "fit" or not self._kept_back.has(checkpoint):
             return
-        file = _rank_file(Path(checkpoint[_KEPT_BACK]), trainer.global_rank)
-        if not file.is_file():
-            raise InputError(
-                f"{file} is missing: what rank {trainer.global_rank} had not sent when the checkpoint was saved. Those of the "
-                "last two checkpoints are kept, each on the machine of its rank. Copy it there, take a newer checkpoint, or "
-                "set at_checkpoint=drop to do without."
-            )
-        self._kept_back = file.parent
-
-
-def _rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank}.safetensors"
+        if self.at_checkpoint == "save":
+            self._resumed = self._kept_back.find(checkpoint, trainer.global_rank)
+        else:
+            log.warning("at_checkpoint=%s: what ranks had not sent at the checkpoint is not read, and lost.", self.at_checkpoint)

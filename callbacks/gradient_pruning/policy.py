@@ -288,8 +288,8 @@ class PublishedRule(PruningPolicy):
         self.rate: float | None = None
 
     def start(self) -> float:
-        """Return the rate of the first step behind the warm-up: everything is sent."""
-        self.rate = 0.0
+        """Return the rate of the first step behind the warm-up: the ladder's first."""
+        self.rate = self.ladder[0]
         return self.rate
 
     def decide(self, measurement: Measurement, bytes_at: BytesAt) -> float:

@@ -102,6 +102,7 @@ def generate(
     else:
         offsite.configure_model()
         assert offsite.model is not None
+        offsite.to(compute_device())
         loaded, length = offsite.model.eval(), offsite.length
     if candidates:
         _show(score_candidates(loaded, tokenizer, asked, candidates, special=not chat))

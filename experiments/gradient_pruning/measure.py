@@ -153,11 +153,10 @@ def _run_ranks(script: Path, link: str | None, ranks: int, folder: Path) -> int:
         with lab.changing(act, every) if act else nullcontext():
             codes = [process.wait() for process in processes]
         sent = lab.sent_bytes(ranks - 1)
-    failed = next((rank for rank, code in enumerate(codes) if code), None)
-    if failed is not None:
-        raise RuntimeError(
-            f"rank {failed} ended with exit code {codes[failed]}: {(folder / f'{failed}.txt').read_text()[-1500:]}"
-        )
+    ends = {rank: (folder / f"{rank}.txt").read_text()[-1500:] for rank, code in enumerate(codes) if code}
+    if ends:  # the others end for one that does
+        first = next((rank for rank, text in ends.items() if "exchange of gradients failed" not in text), min(ends))
+        raise RuntimeError(f"rank {first} ended with exit code {codes[first]}: {ends[first]}")
     return sent
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ...errors import InputError
@@ -70,7 +72,7 @@ def demo(
     if not 1 <= cut < layers:
         raise InputError(f"cut={cut}: legal are 1 to {layers - 1}, as the emulator has {layers} layers.")
     papers, emulator = root / "owner", root / "emulator" / "export"
-    choices = "[" + ",".join(candidates) + "]"
+    choices = json.dumps(candidates, ensure_ascii=False)
     if not (papers / "owner.crt").is_file():
         make_certificates(papers, hosts=["localhost"], parties=list(PARTIES))
     common = [f"--runs_folder={root.parent}", f"--experiment={root.name}", f"--seed_everything={seed}"]
@@ -174,7 +176,7 @@ def _one_thread() -> dict[str, str]:
 
 
 def _tell(who: str, words: list[str]) -> None:
-    console.print(f"[bold]{who}:[/bold] fulgurite {' '.join(words)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{who}:[/bold] fulgurite {escape(shlex.join(words))}", highlight=False, soft_wrap=True)
 
 
 def _run(who: str, words: list[str], root: Path) -> str:

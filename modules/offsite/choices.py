@@ -1,5 +1,6 @@
 """Answers to choose from, each told from the others by one token."""
 
+import logging
 from collections.abc import Iterable
 from itertools import takewhile
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class Choices:
@@ -55,6 +58,9 @@ class Choices:
         """
         shared, answers = self._shared, list(answers)
         whole = [one for one in answers if len(one) > len(shared)]
+        if len(whole) < len(answers):
+            few = len(answers) - len(whole)
+            log.warning("%d of %d answers are cut before the token that decides: raise data.max_length.", few, len(answers))
         other = [one for one in whole if one[: len(shared)].tolist() != shared or one[len(shared)] not in self.ids]
         if other:
             example = str(self._tokenizer.decode(other[0], skip_special_tokens=True)).rstrip()

@@ -219,7 +219,14 @@ class OffsitePrefixTuning(LanguageModel):
             assert self.cut is not None
             assert self.owner is not None
             if prefix is not None and self.prefix_layers == "party":
-                prefix = self.prefix = prefix.within(0, self.cut)
+                own = prefix.within(0, self.cut)
+                if not len(own.rows):
+                    raise InputError(
+                        f"prefix_layers: party trains rows of the layers before the owner's, 0 to {self.cut - 1}, and the prefix "
+                        f"has rows in {list(prefix.settings.layers or ())} alone. Give prefix.layers among them, or "
+                        "prefix_layers: owner."
+                    )
+                prefix = self.prefix = own
             theirs = None if prefix is None else prefix.within(self.cut, self.manifest.layers)
             theirs = theirs if theirs is not None and len(theirs.rows) else None
             self._owners = OwnersLayers(self.owner, self.manifest.layers - self.cut, self.length, theirs, self.noise)
@@ -288,8 +295,10 @@ class OffsitePrefixTuning(LanguageModel):
         owners, choices = self._owners, self._choices
         candidates = None if choices is None else choices.ids
         rows, places = supervised.nonzero(as_tuple=True) if choices is None else choices.decisive(supervised)
-        labels = targets[rows, places]
-        if candidates is not None:
+        if undecided := not len(rows):  # all are cut before the token that decides: the owner is asked, and it counts for nothing
+            rows = places = torch.zeros(1, dtype=torch.long, device=targets.device)
+        labels = torch.zeros_like(rows) if undecided else targets[rows, places]
+        if candidates is not None and not undecided:
             choice = labels[:, None] == candidates.to(labels.device)
             if not choice.any(dim=1).all():  # of a loader that no data module brought, and setup did not see
                 raise InputError(f"An answer begins as none of candidates={self.candidates} does. Name all answers.")
@@ -302,6 +311,9 @@ class OffsitePrefixTuning(LanguageModel):
             owners.request = None
         answer, owners.answer = owners.answer, None
         assert answer is not None
+        if undecided:
+            nothing, none = answer.float().mean() * 0, answer.new_zeros(0)
+            return LossParts(nothing, nothing.detach(), nothing.detach(), nothing.detach(), 0, none, none.bool())
         if told:
             nothing = torch.zeros(len(labels), device=labels.device)
             mean = answer.mean()
@@ -320,6 +332,8 @@ class OffsitePrefixTuning(LanguageModel):
 
     def _note_accuracy(self, logits: Tensor, right: Tensor) -> None:
         assert self._choices is not None
+        if not len(right):  # all are cut before the token that decides
+            return
         correct = self._choices.ids.to(right.device)[logits.float().argmax(dim=-1)] == right
         self.accuracy.update(correct.float().mean(), len(correct))
 

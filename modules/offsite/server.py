@@ -58,8 +58,8 @@ class OwnerServer:
         most_wait: Seconds for which a call's message is waited for.
 
     Raises:
-        InputError: If there is no party, two have the same token, there are more than the layers take at once, a file is
-            missing, or the address cannot be had.
+        InputError: If a limit is not above 0, there is no party, two have the same token, there are more than the layers take at
+            once, a file is missing, or the address cannot be had.
     """
 
     def __init__(
@@ -77,6 +77,10 @@ class OwnerServer:
         most_calls: int = 32,
         most_wait: float = 60.0,
     ) -> None:
+        limits = {"most_message_bytes": most_message_bytes, "most_calls": most_calls, "most_wait": most_wait}
+        for name, value in limits.items():
+            if value <= 0:
+                raise InputError(f"{name}={value}: legal is above 0.")
         if not tokens or any(len(token) < 16 for token in tokens.values()) or len(set(tokens.values())) < len(tokens):
             raise InputError("tokens: each party needs one of its own, of at least 16 characters, and there has to be a party.")
         if len(tokens) > layers.most_sessions:

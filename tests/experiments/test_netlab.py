@@ -89,6 +89,12 @@ def test_nothing_is_left_behind_even_by_a_killed_lab(tmp_path):
 @needs_network
 def test_the_network_can_be_changed_on_a_schedule():
     seen = []
+
+    def fail(lab, turn):
+        raise OSError("no tc")
+
+    with NetLab(2) as lab, pytest.raises(OSError, match="no tc"), lab.changing(fail, 0.01):
+        time.sleep(0.1)
     with NetLab(2) as lab, lab.changing(lambda lab, turn: seen.append(turn), 0.05):
         time.sleep(0.4)
     assert len(seen) >= 3

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from ....errors import InputError
 from ....modules.offsite import Prefix
@@ -75,7 +76,7 @@ def federate(
         )
     if not (root / "prefix").exists():
         raise InputError(f"The rounds did not come to their end; {root / 'server.log'} says why.")
-    console.print(f"The mean of {rounds} rounds is in {root / 'prefix'}.", highlight=False)
+    console.print(f"The mean of {rounds} rounds is in {escape(str(root / 'prefix'))}.", highlight=False)
 
 
 def prefix_to_begin_with(start: Path, configs: list[Path], folder: Path) -> Path:

@@ -115,17 +115,46 @@ def test_a_run_goes_on_from_files_of_what_each_rank_kept_back(tmp_path, momentum
     whole = run("whole", 4)
     run("parts", 2)
     assert torch.equal(run("parts", 4, tmp_path / "parts" / "step=8.ckpt"), whole)
-    kept = tmp_path / "parts" / "kept-back"
-    assert [len(list((kept / step).iterdir())) for step in ("8", "12", "16")] == [0, 1, 1]
-    with pytest.raises(InputError, match=r"8/rank-0\.safetensors is missing.*at_checkpoint=drop"):
+    kept = [file.parent.name.partition("-")[0] for file in (tmp_path / "parts" / "kept-back").rglob("rank-0.safetensors")]
+    assert sorted(kept, key=int) == ["12", "16"]
+    with pytest.raises(InputError, match=r"8-\w+/rank-0\.safetensors is missing.*at_checkpoint=drop"):
         run("parts", 4, tmp_path / "parts" / "step=8.ckpt")
+
+
+def test_runs_in_one_folder_keep_files_of_their_own(tmp_path, caplog):
+    def run(name, epochs, ckpt_path=None, at_checkpoint="save"):
+        saving = ModelCheckpoint(dirpath=tmp_path / name, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        callback = GradientPruning(FixedRate(0.9), warmup=2, at_checkpoint=at_checkpoint)
+        steps = {"max_steps": -1, "max_epochs": epochs, "limit_train_batches": 4}
+        return weights(fit(tmp_path, callback, callbacks=[saving], ckpt_path=ckpt_path, **steps)[1])
+
+    whole = run("long", 4)
+    run("short", 3)
+    assert torch.equal(run("again", 4, tmp_path / "long/step=12.ckpt"), whole)
+    run("lost", 4, tmp_path / "long/step=12.ckpt", "flush")
+    assert "at_checkpoint=flush: what ranks had not sent" in caplog.text
+
+
+def test_a_callback_that_is_used_again_begins_anew(tmp_path):
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            self.seen.append(callback.exchange.rate)
+
+    callback, rates = GradientPruning(FixedRate(0.9, ramp_steps=4), warmup=3), [Rates(), Rates()]
+    for each in rates:
+        fit(tmp_path, callback, callbacks=[each])
+    assert rates[0].seen == rates[1].seen
+    assert len(set(rates[0].seen)) > 3
 
 
 def test_two_ranks_save_what_each_kept_back(tmp_path):
     saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
     callback = GradientPruning(FixedRate(0.9), warmup=2, at_checkpoint="save")
     fit(tmp_path, callback, ranks=2, callbacks=[saving])
-    one, two = (safetensors.torch.load_file(tmp_path / "kept-back" / "12" / f"rank-{rank}.safetensors") for rank in (0, 1))
+    one, two = (safetensors.torch.load_file(next(tmp_path.glob(f"kept-back/12-*/rank-{rank}.safetensors"))) for rank in (0, 1))
     assert one.keys() == two.keys()
     assert not torch.equal(one["residual/layers.2.weight"], two["residual/layers.2.weight"])
     again = GradientPruning(FixedRate(0.9), warmup=2, at_checkpoint="save", check_every=1)

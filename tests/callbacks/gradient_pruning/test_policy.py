@@ -91,6 +91,21 @@ def test_published_rule_waits_for_a_change_of_the_network():
     assert always[24] > rates[20]
 
 
+def test_published_rule_tries_every_rung_of_its_ladder():
+    policy = PublishedRule(decide_every=1, when="always", ladder=[0.5, 0.75, 0.9])
+    assert policy.start() == 0.5
+    assert list(dict.fromkeys(run(policy, [1e6] * 10))) == [0.75, 0.9]
+
+
+def test_a_checkpoint_of_another_ladder_goes_on_at_the_nearest_rate():
+    before, after = Adaptive(ladder=[0.0, 0.5, 0.9, 0.99]), Adaptive(ladder=[0.5, 0.9])
+    run(before, [1e5] * 30)
+    before.rung = 3
+    after.load_state_dict(before.state_dict())
+    assert after.start() == 0.9
+    assert set(after.packing_seconds) <= {0, 1}
+
+
 def test_target_in_seconds():
     assert PublishedRule(target_seconds=0.2).direction(None, measured(seconds=0.3)) == 1
     assert PublishedRule(target_seconds=0.4).direction(None, measured(seconds=0.3)) == 0

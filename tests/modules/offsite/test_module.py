@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fulgurite.callbacks import ExportPrefix, ExportPretrained
+from fulgurite.callbacks import ExportPrefix, ExportPretrained, GradientPruning
 from fulgurite.datamodules import InstructionDataModule, TextDataModule
 from fulgurite.errors import InputError
 from fulgurite.modules import EmulatorDistillation, OffsitePrefixTuning
@@ -168,6 +168,26 @@ def test_a_head_at_the_owner(emulator, start, rows_file, tmp_path, candidates, s
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("send_labels", [False, True])
+def test_a_batch_without_a_token_that_decides_counts_for_nothing(emulator, start, tmp_path, send_labels):
+    """As where all rows are cut within what all answers begin with."""
+    settings = {"head": "owner", "send_labels": send_labels, "start": str(start), "candidates": ["it is yes", "it is no"]}
+    module = tuning(emulator, phase="split", optimizer=lambda rows: torch.optim.SGD(rows, lr=1.0), **settings)
+    ids = torch.arange(60, 72)
+    row = {"input_ids": ids, "labels": torch.cat([torch.full((8,), -100), ids[8:]])}
+    module.configure_model()
+    before = [rows.detach().clone() for rows in module.prefix.rows]
+    loader = torch.utils.data.DataLoader([row] * 4, batch_size=2)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, loader)
+    assert run.callback_metrics["train_loss"] == 0
+    assert all(torch.equal(old, rows) for old, rows in zip(before, module.prefix.rows))
+    party = tuning("random:tiny", phase="plug_in", start=str(start), candidates=settings["candidates"])
+    for each in (module, party):
+        trainer(tmp_path).validate(each, loader, verbose=False)
+        assert not each.accuracy.update_called
+
+
 def test_rows_that_stay_at_the_party(emulator, start, rows_file, tmp_path):
     module = tuning(emulator, phase="split", start=str(start), prefix_layers="party")
     module.configure_model()
@@ -212,6 +232,15 @@ def test_what_does_not_fit_is_refused_before_training(emulator, start, rows_file
     module = tuning(emulator, phase="split", start=str(start), head="owner", candidates=["yes", "no"])
     with pytest.raises(InputError, match="begins as none of candidates="):
         trainer(tmp_path, max_steps=1).fit(module, loose.train_dataloader())
+    module = tuning(emulator, phase="split", prefix=PrefixSettings(length=3, layers=(2,)), prefix_layers="party")
+    with pytest.raises(
+        InputError, match=r"prefix_layers: party trains rows of the layers before the owner's, 0 to 0.* \[3\] alone"
+    ):
+        module.configure_model()
+    with pytest.raises(InputError, match="GradientPruning does not work with phase: split"):
+        trainer(tmp_path, max_steps=1, callbacks=[GradientPruning()]).fit(
+            tuning(emulator, phase="split", start=str(start)), data(rows_file)
+        )
     with pytest.raises(InputError, match="needs the owner's address"):
         OffsitePrefixTuning(str(emulator), phase="split").configure_model()
     with pytest.raises(InputError, match="of another model"):

@@ -219,6 +219,8 @@ def test_settings_that_cannot_be_are_refused(papers, server, tmp_path):
     given = {"model": "whole", "certificate": papers / "owner.crt", "key": papers / "owner.key"}
     with pytest.raises(InputError, match="each party needs one of its own"):
         OwnerServer(layers(), tokens={"one": "x" * 16, "two": "x" * 16}, **given)
+    with pytest.raises(InputError, match=r"most_wait=-1\.0: legal is above 0"):
+        OwnerServer(layers(), tokens={"one": "x" * 16}, most_wait=-1.0, **given)
     with pytest.raises(InputError, match="there are 9 parties, but the layers take most_sessions=8 at once"):
         OwnerServer(layers(), tokens={str(number): f"{number}" * 16 for number in range(9)}, **given)
     with pytest.raises(InputError, match="each party needs one of its own, of at least 16 characters"):
