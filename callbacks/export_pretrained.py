@@ -60,12 +60,13 @@ class ExportPretrained(Callback):
         pl_module.prepare_export()
         root = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "export"
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("val_")}
-        self._write(trainer, pl_module, root, trainer.strategy.lightning_module_state_dict(), trainer.global_step, metrics)
+        last = trainer.strategy.lightning_module_state_dict()
+        self._write(trainer, pl_module, root, last, trainer.global_step, metrics)
         for callback in trainer.checkpoint_callbacks if self.best else []:
             if isinstance(callback, ModelCheckpoint) and callback.monitor and Path(callback.best_model_path).is_file():
                 checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
                 if checkpoint["global_step"] != trainer.global_step:
-                    if checkpoint["state_dict"].keys() != pl_module.state_dict().keys():
+                    if checkpoint["state_dict"].keys() != last.keys():
                         log.warning(
                             "The best checkpoint, of step %d, is not exported: it is of another stage.", checkpoint["global_step"]
                         )

@@ -103,7 +103,7 @@ class PretrainedModule(LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        """Tell schedules how long the run is; one that begins later is tried, so that it does not fail then.
+        """Tell schedules how long the run is.
 
         Raises:
             InputError: If nothing says how many steps there will be.
@@ -112,7 +112,8 @@ class PretrainedModule(LightningModule):
             self._first_step = 0
         for each in self.trainer.lr_scheduler_configs:
             self._set_length(each.scheduler)
-        if self.lr_scheduler is not None and not self.trainer.lr_scheduler_configs:
+        if self.lr_scheduler is not None and not 0 < self.trainer.estimated_stepping_batches < math.inf:
+            # One that begins with a later stage is not to fail then.
             self._set_length(self.lr_scheduler(SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)))
 
     def _set_length(self, scheduler: Any) -> None:
