@@ -144,7 +144,10 @@ def _where(plan: Benchmark, results: list[dict[str, Any]]) -> str:
     seeds = max(len([r for r in results if r["run"]["variant"] == variant]) for variant in plan.spec["variants"])
     spread = "Mean ± standard deviation over n seeds; bold where the best leads by more than that. " if seeds > 1 else ""
     equal = f"Compared at equal {plan.spec['equal']}. " if len(plan.spec["variants"]) > 1 and "equal" in plan.spec else ""
-    return f"{spread}{equal}{plan.note} Measured on {machine}; commit {str(environment['commit'])[:10]}."
+    commit = str(statistics.mode(result["environment"]["commit"] for result in results))[
+        :10
+    ]  # of the same sources, if of several
+    return f"{spread}{equal}{plan.note} Measured on {machine}; commit {commit}."
 
 
 def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> list[str]:
@@ -195,14 +198,14 @@ def _cell(values: list[float]) -> Cell:
 def _mark_best(rows: list[Row], key: str, better: str) -> None:
     """Mark the best of each group if it leads the next by more than both their spreads.
 
-    A row of one seed is given the largest spread of the column; where no row has more than one seed, nothing is marked. A value
-    that some seeds of a row lack is never the best.
+    A row of one seed is given the largest spread of the column in its group; where no row of a group has more than one seed,
+    nothing is marked there. A value that some seeds of a row lack is never the best.
     """
-    spreads = [row.cells[key].spread or 0.0 for row in rows if row.cells[key].spread is not None]
-    if not spreads:
-        return
     sign = 1 if better == "lower" else -1
     for group in {row.group for row in rows}:
+        spreads = [row.cells[key].spread or 0.0 for row in rows if row.group == group and row.cells[key].spread is not None]
+        if not spreads:
+            continue
         cells = [row.cells[key] for row in rows if row.group == group and row.cells[key].mean is not None]
         order = sorted(cells, key=lambda cell: sign * (cell.mean or 0.0))
         if len(order) < 2:

@@ -1,5 +1,6 @@
 """What models cost that several methods have made, one after another, beside the model that they come from."""
 
+import re
 import statistics
 from itertools import pairwise
 from pathlib import Path
@@ -76,7 +77,7 @@ def _turn(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> dict[str, f
 
 
 @needs_links()
-def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit: list[str], folder: str) -> dict[str, float]:
+def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit: str, folder: str) -> dict[str, float]:
     """Distil a model on ranks whose gradients go over a slow link.
 
     Args:
@@ -85,7 +86,7 @@ def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit
         link: A key of ``gradient_pruning.measure.LINKS``.
         ranks: Number of ranks.
         steps: Optimizer steps, 4 or more.
-        fit: More words for ``fit -c compose/two_ranks``.
+        fit: More options for ``fit -c compose/two_ranks``, each beginning with ``--``.
         folder: Where the trained model goes.
 
     Returns:
@@ -100,7 +101,7 @@ def two_ranks(*, seed: int, pruned: bool, link: str, ranks: int, steps: int, fit
     if pruned:
         settings = {"policy": {"class_path": "Adaptive"}, "warmup": 2}
         callbacks.append({"class_path": PRUNING, "init_args": settings})
-    log = train_over_link("compose/two_ranks", callbacks, link, ranks, steps, seed, fit)
+    log = train_over_link("compose/two_ranks", callbacks, link, ranks, steps, seed, re.split(r"\s+(?=--)", fit.strip()))
     seconds = [step["seconds"] for step in log["steps"][3:]]
     sent = [after["sent_bytes"] - before["sent_bytes"] for before, after in pairwise(log["steps"])][2:]
     return {"step_seconds": statistics.median(seconds), "sent_bytes": statistics.median(sent)}

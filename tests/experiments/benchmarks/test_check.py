@@ -10,7 +10,7 @@ from fulgurite.experiments.benchmarks import cell, check
 from fulgurite.experiments.benchmarks.results import check_result
 
 EVALUATE = ["evaluate", "--model=random:tiny", "--tasks=copa"]
-RANKS = ["pruned=false", "link=1gbit", "ranks=2", "steps=4", "folder=x", 'fit=["--data.store=y"]', "seed=0"]
+RANKS = ["pruned=false", "link=1gbit", "ranks=2", "steps=4", "folder=x", "fit=--data.store=y", "seed=0"]
 TWO_RANKS = ["measure", "compose.measure:two_ranks", *(f"--{setting}" for setting in RANKS)]
 
 COURSE = ["source=x", "names=sst2", "data=y", "rows=2", "steps=2", "rate=0.1", "length=8", "layers=1", "seed=0"]
