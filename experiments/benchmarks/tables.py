@@ -144,10 +144,8 @@ def _where(plan: Benchmark, results: list[dict[str, Any]]) -> str:
     seeds = max(len([r for r in results if r["run"]["variant"] == variant]) for variant in plan.spec["variants"])
     spread = "Mean ± standard deviation over n seeds; bold where the best leads by more than that. " if seeds > 1 else ""
     equal = f"Compared at equal {plan.spec['equal']}. " if len(plan.spec["variants"]) > 1 and "equal" in plan.spec else ""
-    commit = str(statistics.mode(result["environment"]["commit"] for result in results))[
-        :10
-    ]  # of the same sources, if of several
-    return f"{spread}{equal}{plan.note} Measured on {machine}; commit {commit}."
+    commit = statistics.mode(str(result["environment"]["commit"]) for result in results)  # all have the same sources
+    return f"{spread}{equal}{plan.note} Measured on {machine}; commit {commit[:10]}."
 
 
 def _mixtures(plan: Benchmark, results: list[dict[str, Any]], mixed: bool) -> list[str]:
