@@ -182,7 +182,7 @@ def build_student(model: PreTrainedModel, spec: StudentSpec, calibration: dict[s
     Args:
         model: The large model.
         spec: The student.
-        calibration: Batch for ``block_influence``.
+        calibration: Batch for ``block_influence``, of ``input_ids`` [batch, length].
 
     Returns:
         A model of the same class with fewer layers, or a random one of the changed config.

@@ -74,7 +74,7 @@ class EmulatorSpec:
 
         Args:
             model: The owner's.
-            calibration: Batch for ``block_influence``.
+            calibration: Batch for ``block_influence``, of ``input_ids`` [batch, length].
 
         Raises:
             InputError: If it cannot be made, or there are no calibration tokens.
