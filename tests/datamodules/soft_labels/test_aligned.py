@@ -101,9 +101,9 @@ def by_literal_loop(sequence, teacher, student, ids, mapping):
     return found
 
 
-TEXT = st.text(max_size=40) | st.lists(st.sampled_from(["the sand", " was", " grün", "雷", "  ", "\n", "ﬁ", "é", "x"])).map(
-    "".join
-)
+# Without the spelling of a special token, which a tokenizer takes for that token; Hypothesis finds it in the sources.
+PLAIN = st.text(max_size=40).filter(lambda text: "<|" not in text)
+TEXT = PLAIN | st.lists(st.sampled_from(["the sand", " was", " grün", "雷", "  ", "\n", "ﬁ", "é", "x"])).map("".join)
 
 
 @settings(max_examples=40, deadline=None)
