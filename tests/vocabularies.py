@@ -3,11 +3,15 @@
 import json
 
 import tokenizers
+from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fulgurite.modules.tiny import tiny_tokenizer
 
+# Without the spelling of a special token, which a tokenizer takes for that token; Hypothesis finds it in the sources.
+_PLAIN = st.text(max_size=60).filter(lambda text: "<|" not in text)
+TEXT = _PLAIN | st.lists(st.sampled_from(["the sand", " was", " grün", "雷", "  ", "\n", "ﬁ", "é", "x"])).map("".join)
 CORPUS = ["the sand was struck by lightning and the glass was green", "Der Sand wurde grün; 3.14 × 10⁻² 雷 the end."] * 20
 
 

@@ -16,7 +16,7 @@ from fulgurite.errors import InputError
 from fulgurite.modules.distillation import LabelSettings
 from fulgurite.modules.distillation.alignment import Spelling
 from fulgurite.modules.tokens import tokenizer_fingerprint
-from tests.vocabularies import TOKENIZERS
+from tests.vocabularies import TEXT, TOKENIZERS
 
 SPELLED = {name: Spelling.of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
@@ -99,11 +99,6 @@ def by_literal_loop(sequence, teacher, student, ids, mapping):
             found[position - 1] = taught[own]
         own += SPELLED[student].tokens[ids[position]] or b""
     return found
-
-
-# Without the spelling of a special token, which a tokenizer takes for that token; Hypothesis finds it in the sources.
-PLAIN = st.text(max_size=40).filter(lambda text: "<|" not in text)
-TEXT = PLAIN | st.lists(st.sampled_from(["the sand", " was", " grün", "雷", "  ", "\n", "ﬁ", "é", "x"])).map("".join)
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,12 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from fulgurite.modules.distillation.alignment import SpelledText, Spelling, VocabularyAlignment, shared_boundaries, tokenize
 from fulgurite.modules.pretrained import SourceError
 from fulgurite.modules.tokens import token_bytes
-from tests.vocabularies import CORPUS, TOKENIZERS
+from tests.vocabularies import CORPUS, TEXT, TOKENIZERS
 
 SPELLED = {name: token_bytes(tokenizer) for name, tokenizer in TOKENIZERS.items()}
-TEXT = st.text(max_size=60) | st.lists(st.sampled_from(["the sand", " was", " grün", "雷", "  ", "\n", "ﬁ", "é", "x"])).map(
-    "".join
-)
 
 
 def test_tokens_spell_their_text():
