@@ -111,7 +111,6 @@ def with_own_rate(optimizer: OptimizerCallable, part: nn.Module, rate: float, **
             if own:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in learnt]
                 built.add_param_group({**group, "params": own, "lr": rate, **settings})
-                built.load_state_dict(built.state_dict())  # optimizers made of others, such as MuonAdamW, look at groups then
         return built
 
     return build
